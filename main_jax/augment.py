@@ -1,0 +1,85 @@
+"""Step 2: the reverse model writes an instruction for every unlabelled response.
+
+The same function serves the alignment rounds, where either model writes the condition of a seed pair, and
+`complete` every other use of generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from main_jax.lm.generate import Sampling, generate
+from main_jax.models import LanguageModel
+from main_jax.pairs import joined_instruction
+from main_jax.prompts import Direction, Prompt
+
+
+class Completion(NamedTuple):
+    """A generated text, or None with the reason in `finish_reason`: `empty_*` or `too_long`."""
+
+    text: str | None
+    finish_reason: str
+
+
+def complete(
+    rows: Sequence[dict],
+    direction: Direction,
+    model: LanguageModel,
+    prompt: Prompt,
+    sampling: Sampling,
+    *,
+    seed: int,
+    batch_size: int,
+    on_done: Callable[[int], None] = lambda rows: None,
+) -> list[Completion]:
+    """The target side of `direction` for every row, from its other side; same order.
+
+    A prompt may have up to `max_position_embeddings − max_new_tokens` tokens. Rows with a `drop_reason`
+    are not generated; it becomes their finish reason.
+    """
+    given, _ = direction.sides("instruction", "response")
+    limit = model.decoder.config.max_position_embeddings - sampling.max_new_tokens
+    texts = [direction.sides(joined_instruction(r), r.get("response") or "")[0] for r in rows]
+    prompts = [prompt.question(direction, ids, limit) for ids in prompt.encode_all(texts)]
+    results: list[Completion | None] = []
+    for row, text, tokens in zip(rows, texts, prompts, strict=True):
+        reason = row.get("drop_reason")
+        reason = reason or (None if text.strip() else f"empty_{given}")
+        reason = reason or ("too_long" if tokens is None else None)
+        results.append(Completion(None, reason) if reason else None)
+    open_rows = [i for i, result in enumerate(results) if result is None]
+    on_done(len(rows) - len(open_rows))
+    generated = generate(
+        model.decoder, model.params, [prompts[i] for i in open_rows],
+        [rows[i]["id"] for i in open_rows], sampling,
+        stop_ids=prompt.stop_ids, seed=seed, batch_size=batch_size, on_done=on_done,
+    )  # fmt: skip
+    for i, generation in zip(open_rows, generated, strict=True):
+        results[i] = Completion(prompt.decode(generation.tokens), generation.finish_reason)
+    return [result for result in results if result is not None]
+
+
+def write_side(
+    rows: Sequence[dict], direction: Direction, model: LanguageModel, prompt: Prompt,
+    sampling: Sampling, **how,
+) -> list[dict]:  # fmt: skip
+    """The rows with the target side of `direction` generated from the other side; same order.
+
+    REVERSE writes `instruction` (and clears `input`), FORWARD writes `response`, stripped of outer white
+    space. A row that cannot be asked, or whose text comes out empty, keeps null or the empty text and a
+    `drop_reason`. `how` is passed on to `complete`.
+    """
+    _, written = direction.sides("instruction", "response")
+    done = []
+    completions = complete(rows, direction, model, prompt, sampling, **how)
+    for row, (text, reason) in zip(rows, completions, strict=True):
+        row = row | ({"input": None} if direction is Direction.REVERSE else {})
+        if text is None:
+            row |= {written: None, "drop_reason": reason}
+        else:
+            text = text.strip()
+            row |= {written: text, "finish_reason": reason}
+            row["drop_reason"] = None if text else f"empty_{written}"
+        done.append(row)
+    return done

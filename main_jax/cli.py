@@ -1,0 +1,251 @@
+"""The verbs. Every heavy import is inside a verb, so that `main-jax --help` answers at once.
+
+Exit codes: 0 done; 1 failed run; 2 a user's mistake (one line, no traceback); 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import sys
+from collections.abc import Sequence
+
+from main_jax.errors import UserError
+
+EXAMPLES = """\
+examples:
+  main-jax run configs/demo.yaml                        the embedded world, a few minutes on a CPU
+  main-jax run configs/own_data.yaml --align.rounds 2   your own checkpoint and files
+  main-jax filter runs/own/config.yaml --filter.keep 0.2
+  main-jax score --forward-model DIR --data pairs.jsonl --output scored.parquet
+  main-jax generate --model DIR --prompts prompts.jsonl --output answers.jsonl
+"""
+
+STAGES = {
+    "prepare": "read and check the data",
+    "align": "train both directions in alternation",
+    "augment": "write an instruction for every unlabelled response",
+    "score": "score every pair in both directions (in a run, or a file of your own)",
+    "filter": "keep the pairs that explain each other",
+    "finetune": "train the base model on the kept pairs",
+    "evaluate": "measure what it brought",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str):
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = _Parser(
+        prog="main-jax",
+        description="Instruction tuning by mutual alignment (MAIN) in JAX.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
+
+    def verb(name: str, text: str, epilog: str) -> argparse.ArgumentParser:
+        return verbs.add_parser(
+            name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+
+    run = verb(
+        "run",
+        "the whole method: all stages in order, each resumable",
+        "examples:\n  main-jax run configs/demo.yaml --seed 1 --output_dir runs/world-1\n"
+        "  main-jax run configs/own_data.yaml --finetune.learning_rate 2e-5",
+    )
+    _add_config(run)
+    for name, text in STAGES.items():
+        if name != "score":
+            _add_config(
+                verb(name, f"stage: {text}", f"examples:\n  main-jax {name} configs/demo.yaml")
+            )
+
+    score = verb(
+        "score",
+        f"stage: {STAGES['score']}",
+        "examples:\n  main-jax score configs/demo.yaml\n"
+        "  main-jax score --forward-model DIR --data pairs.jsonl --output scored.jsonl\n"
+        "  main-jax score --forward-model F --reverse-model R --data p.parquet --output s.parquet"
+        " --template none",
+    )
+    _add_config(score, optional=True)
+    score.add_argument("--forward-model", metavar="DIR", help="Hugging Face checkpoint of p(R|I)")
+    score.add_argument(
+        "--reverse-model", metavar="DIR", help="of p(I|R); default: the forward model"
+    )
+    score.add_argument(
+        "--data", metavar="FILE", help="JSONL or Parquet with instruction and response"
+    )
+    score.add_argument(
+        "--output", metavar="FILE", help="JSONL or Parquet: the same rows, with scores"
+    )
+    score.add_argument("--template", default="auto", help="auto, chat, plain, none or a YAML file")
+    score.add_argument("--max-length", type=int, metavar="N", help="longest example, in tokens")
+    score.add_argument(
+        "--excess-length-strategy", choices=("drop", "truncate", "raise"), default="drop"
+    )
+    score.add_argument(
+        "--tokens-per-batch", type=int, default=8192, metavar="N", help="padded tokens at once"
+    )
+
+    generate = verb(
+        "generate",
+        "write completions for a file of prompts",
+        "examples:\n  main-jax generate --model DIR --prompts prompts.jsonl --output answers.jsonl\n"
+        "  main-jax generate --model DIR --prompts texts.jsonl --output instructions.jsonl"
+        " --direction reverse --temperature 0.7",
+    )
+    generate.add_argument("--model", required=True, metavar="DIR", help="Hugging Face checkpoint")
+    generate.add_argument(
+        "--prompts", required=True, metavar="FILE",
+        help="JSONL or Parquet with instruction (reverse: response)",
+    )  # fmt: skip
+    generate.add_argument("--output", required=True, metavar="FILE", help="JSONL or Parquet")
+    generate.add_argument(
+        "--template", default="auto", help="auto, chat, plain, none or a YAML file"
+    )
+    generate.add_argument("--direction", choices=("forward", "reverse"), default="forward")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--top-k", type=int, default=0)
+    generate.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
+    generate.add_argument("--seed", type=int, default=0, metavar="S")
+    generate.add_argument("--batch-size", type=int, default=32, metavar="B")
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser, optional: bool = False) -> None:
+    parser.usage = f"{parser.prog} CONFIG.yaml [--a.b VALUE ...]"
+    if optional:
+        parser.usage += f"\n       {parser.prog} --forward-model DIR --data FILE --output FILE"
+    parser.add_argument(
+        "config", metavar="CONFIG", nargs="?" if optional else None, help="YAML file"
+    )
+    parser.add_argument(
+        "--show-example", action="store_true",
+        help="also print the tokens and target mask of the first pair in both directions",
+    )  # fmt: skip
+
+
+def run_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """`run`, or one stage of it."""
+    from main_jax.config import load_config
+
+    config = load_config(arguments.config, overrides)
+    from main_jax import evaluate, pipeline
+    from main_jax.lm.runtime import initialize
+
+    initialize(config.runtime.compile_cache)
+    run = pipeline.open_run(config)
+    stage = None if arguments.verb == "run" else arguments.verb
+    pipeline.execute(run, stage)
+    if arguments.show_example:
+        print((run.directory("prepare") / "example.txt").read_text())
+    if stage in (None, "evaluate"):
+        print(evaluate.show(evaluate.read_results(run)))
+        print(f"\nresults: {run.path / 'results.json'}")
+
+
+def score_file(arguments: argparse.Namespace) -> None:
+    """`score` outside a run."""
+    for name in ("forward_model", "data", "output"):
+        if not getattr(arguments, name):
+            raise UserError(f"score needs CONFIG, or --{name.replace('_', '-')}")
+    for name in ("max_length", "tokens_per_batch"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')}: expected a positive number")
+    from main_jax import tools
+    from main_jax.lm.runtime import initialize
+
+    initialize()
+    tools.score_file(
+        arguments.forward_model, arguments.reverse_model, arguments.data, arguments.output,
+        template=arguments.template, max_length=arguments.max_length,
+        excess_length_strategy=arguments.excess_length_strategy,
+        tokens_per_batch=arguments.tokens_per_batch,
+    )  # fmt: skip
+
+
+def generate_file(arguments: argparse.Namespace) -> None:
+    """`generate`."""
+    from main_jax import tools
+    from main_jax.lm.generate import Sampling
+    from main_jax.lm.runtime import initialize
+    from main_jax.prompts import Direction
+
+    if arguments.batch_size < 1:
+        raise UserError("--batch-size: expected a positive number")
+    try:
+        sampling = Sampling(
+            arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.top_k
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    initialize()
+    tools.generate_file(
+        arguments.model, arguments.prompts, arguments.output,
+        template=arguments.template, direction=Direction(arguments.direction),
+        sampling=sampling, seed=arguments.seed, batch_size=arguments.batch_size,
+    )  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script; returns the exit code."""
+    try:
+        parser = build_parser()
+        arguments, rest = parser.parse_known_args(argv)
+        if arguments.verb is None:
+            parser.print_help()
+            return 0
+        if getattr(arguments, "config", None):
+            run_config(arguments, rest)
+            return 0
+        if rest:
+            raise UserError(f"unknown argument {rest[0]} (see main-jax {arguments.verb} --help)")
+        (score_file if arguments.verb == "score" else generate_file)(arguments)
+        return 0
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command continues where it stopped", 130)
+    except Exception as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
+        return _fail(str(error), code)
+
+
+def _exit_code(error: Exception) -> int | None:
+    """The exit code of an error that needs no traceback, or None."""
+    if isinstance(error, UserError):
+        return 2
+    if isinstance(error, OSError) and error.errno in (
+        errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM,
+    ):  # fmt: skip
+        return 2
+    if "main_jax.lm.hf" in sys.modules:
+        from main_jax.lm.hf import CheckpointError
+
+        if isinstance(error, CheckpointError):
+            return 2
+    if "main_jax.lm.train" in sys.modules:
+        from main_jax.lm.train import TrainingDiverged
+
+        if isinstance(error, TrainingDiverged):
+            return 1
+    return None
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"main-jax: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,339 @@
+"""The whole run as frozen dataclasses, read from YAML with dotted overrides; strict.
+
+    config = load_config("configs/own_data.yaml", ["--align.rounds", "2"])
+
+An unknown key names its nearest match, a wrong type says what was expected, both with the dotted key.
+Names follow the Hugging Face spelling; other tools' spellings (`ALIASES`) are mapped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from main_jax.errors import UserError
+from main_jax.filter import SCORES
+from main_jax.lm.generate import Sampling
+from main_jax.lm.train import TrainingSettings
+from main_jax.weighting import Weighting
+
+ALIASES = {
+    "base_model": "model_name_or_path",
+    "cutoff_len": "max_length",
+    "sequence_len": "max_length",
+    "max_seq_length": "max_length",
+    "micro_batch_size": "per_device_train_batch_size",
+    "dataset": "seed_path",
+}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the data is, and how much of it may be unusable.
+
+    seed_path: human-written pairs, JSONL or Parquet.
+    responses_path: unlabelled responses, JSONL or Parquet.
+    validation_share: of the seed pairs, held out of every training.
+    max_drop_share: of either file; above it the run refuses to go on.
+    """
+
+    seed_path: str | None = None
+    responses_path: str | None = None
+    validation_share: float = 0.05
+    max_drop_share: float = 0.5
+
+
+@dataclass(frozen=True)
+class PromptSettings:
+    """How a pair becomes tokens.
+
+    template: `auto` (the tokenizer's chat template, else `plain`), `chat`, `plain`, `none`, a path to a
+        YAML file, or a mapping {forward: {before, after}, reverse: {before, after}}.
+    max_length: longest example, in tokens.
+    excess_length_strategy: what happens to a longer one.
+    """
+
+    template: str | dict = "auto"
+    max_length: int = 2048
+    excess_length_strategy: Literal["drop", "truncate", "raise"] = "drop"
+
+
+@dataclass(frozen=True)
+class RoundZero:
+    """What round 0 (plain supervised training on the seed) does otherwise than the later rounds."""
+
+    learning_rate: float | None = None
+    max_steps: int | None = None
+    num_train_epochs: float | None = None
+
+
+@dataclass(frozen=True)
+class Align(TrainingSettings):
+    """Step 1. The training keys stand here directly; `round_0` may differ.
+
+    rounds: K. restart: what a round starts from. control: also train a reverse model on the seed only
+    for as many steps, to tell alignment from longer training.
+    """
+
+    rounds: int = 1
+    restart: Literal["previous", "base"] = "previous"
+    round_0: RoundZero = field(default_factory=RoundZero)
+    weighting: Weighting = field(default_factory=Weighting)
+    sampling: Sampling = field(default_factory=lambda: Sampling(temperature=0.7, top_p=0.9))
+    control: bool = False
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Step 2. Greedy by default."""
+
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Step 3a. tokens_per_batch: padded tokens of one scoring batch."""
+
+    tokens_per_batch: int = 8192
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Step 3b.
+
+    by: the score. select: what `keep` means: a `fraction` of the pool, a number of pairs (`top_k`), a
+    `quantile` of the score or a score (`threshold`).
+    """
+
+    by: str = "mutual"
+    select: Literal["fraction", "top_k", "quantile", "threshold"] = "fraction"
+    keep: float = 0.4
+
+
+@dataclass(frozen=True)
+class Finetune(TrainingSettings):
+    """Step 4. arms: further final sets to train for comparison, named by score or `seed_only`, `oracle`."""
+
+    arms: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """What is measured at the end. sampling: for questions with a known answer."""
+
+    sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=64))
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How it is computed; none of this is meant to change results beyond rounding.
+
+    compute_dtype: `auto` is bfloat16 on accelerators, float32 on CPU.
+    remat: activation checkpointing of the layers.
+    chunk_rows: rows per committed part file; generation_batch_size: rows decoded together.
+    """
+
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    attention: Literal["auto", "xla"] = "auto"
+    remat: Literal["none", "dots", "full"] = "none"
+    chunk_rows: int = 1024
+    generation_batch_size: int = 32
+    compile_cache: bool = True
+
+
+@dataclass(frozen=True)
+class WorldSettings:
+    """The embedded world in place of a model and data of one's own (see `main_jax.world`)."""
+
+    noise: float = 0.3
+    seed_pairs: int = 240
+    responses: int = 1400
+    test_questions: int = 190
+    documents: int = 20_000
+    hidden_size: int = 64
+    num_layers: int = 3
+    pretraining: TrainingSettings = field(default_factory=TrainingSettings)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run."""
+
+    output_dir: str = "runs/main"
+    seed: int = 0
+    model_name_or_path: str | None = None
+    data: Data = field(default_factory=Data)
+    prompt: PromptSettings = field(default_factory=PromptSettings)
+    align: Align = field(default_factory=Align)
+    augment: Augment = field(default_factory=Augment)
+    score: Score = field(default_factory=Score)
+    filter: Filter = field(default_factory=Filter)
+    finetune: Finetune = field(default_factory=Finetune)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    runtime: Runtime = field(default_factory=Runtime)
+    world: WorldSettings | None = None
+
+    def __post_init__(self):
+        known = [*SCORES, "seed_only", "oracle"]
+        for key, arms in (("filter.by", (self.filter.by,)), ("finetune.arms", self.finetune.arms)):
+            for arm in arms:
+                names = list(SCORES) if key == "filter.by" else known
+                if arm not in names:
+                    raise ValueError(f"{key}: unknown score {arm!r}{_nearest(arm, names)}")
+        if self.world is None and "oracle" in self.finetune.arms:
+            raise ValueError("finetune.arms: `oracle` needs the truth, which only the world has")
+        if self.filter.select in ("fraction", "quantile") and not 0 < self.filter.keep <= 1:
+            raise ValueError(f"filter.keep: expected a share in (0, 1], found {self.filter.keep}")
+        _check_positive(self)
+
+    def as_dict(self) -> dict:
+        """Plain values, as they would stand in the YAML file."""
+        return dataclasses.asdict(self)
+
+
+def _check_positive(config: Any, path: str = "") -> None:
+    """Counts must be positive, shares must lie in [0, 1]; the field's name says which it is."""
+    may_be_zero = {
+        "seed",
+        "rounds",
+        "warmup_ratio",
+        "min_learning_rate_ratio",
+        "weight_decay",
+        "keep",
+    }
+    for f in dataclasses.fields(config):
+        value, key = getattr(config, f.name), f"{path}{f.name}"
+        if isinstance(value, bool) or value is None:
+            continue
+        if dataclasses.is_dataclass(value) and not isinstance(value, (Weighting, Sampling)):
+            _check_positive(value, f"{key}.")
+        elif isinstance(value, (int, float)):
+            share = f.name.endswith(("_share", "_ratio", "noise"))
+            if share and not 0 <= value <= 1:
+                raise ValueError(f"{key}: expected a share between 0 and 1, found {value}")
+            if value < 0 or (value == 0 and not share and f.name not in may_be_zero):
+                raise ValueError(f"{key}: expected a positive number, found {value}")
+
+
+def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file and applies `--a.b value` overrides. Raises UserError, one line."""
+    values: Any = {}
+    if path is not None:
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no such config file")
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not valid YAML: {_one_line(error)}") from None
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: expected a mapping of keys, found {type(values).__name__}")
+    for key, value in parse_overrides(overrides):
+        _set(values, key, value)
+    source = path or "command line"
+    try:
+        return _build(Config, values, "")
+    except ValueError as error:
+        raise UserError(f"{source}: {_one_line(error)}") from None
+
+
+def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
+    """`["--a.b", "1", "--c=x"]` -> `[("a.b", 1), ("c", "x")]`; values are read as YAML."""
+    pairs, rest = [], list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or len(word) == 2:
+            raise UserError(f"unexpected argument {word!r}; overrides look like --align.rounds 2")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise UserError(f"--{key} needs a value, as in --{key} VALUE")
+            text = rest.pop(0)
+        try:
+            pairs.append((key, yaml.safe_load(text)))
+        except yaml.YAMLError:
+            raise UserError(f"--{key}: cannot read the value {text!r}") from None
+    return pairs
+
+
+def _set(values: dict, key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    at = values
+    for section in sections:
+        if at.get(section) is None:
+            at[section] = {}
+        at = at[section]
+        if not isinstance(at, dict):
+            raise UserError(f"--{key}: {section} is not a section")
+    at[last] = value
+
+
+def _build(cls: type, values: Any, path: str) -> Any:
+    """An instance of the dataclass `cls` from a mapping; raises ValueError naming the dotted key."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{path.rstrip('.')}: expected a section with keys, found {values!r}")
+    hints = get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    arguments = {}
+    for key, value in values.items():
+        name = key if key in names else ALIASES.get(key, key)
+        if name not in names:
+            raise ValueError(f"unknown key {path}{key}{_nearest(str(key), names, path)}")
+        if name in arguments:
+            raise ValueError(f"{path}{key} is given twice (also as {path}{name})")
+        arguments[name] = _convert(value, hints[name], f"{path}{name}")
+    try:
+        return cls(**arguments)
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if cls is Config else f"{path.rstrip('.')}: {text}") from None
+
+
+def _convert(value: Any, hint: Any, key: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, {} if value is None else value, f"{key}.")
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        choices = [a for a in arguments if a is not type(None)]
+        for choice in choices[:-1]:
+            if isinstance(choice, type) and isinstance(value, choice):
+                return value
+        return _convert(value, choices[-1] if not isinstance(value, str) else choices[0], key)
+    if origin is Literal:
+        if value not in arguments:
+            near = _nearest(str(value), [str(a) for a in arguments])
+            options = ", ".join(map(str, arguments))
+            raise ValueError(f"{key}: expected one of {options}; found {value!r}{near}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{key}: expected a list, found {value!r}")
+        return tuple(_convert(v, arguments[0], f"{key}[{i}]") for i, v in enumerate(value))
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-5, without a dot, as text
+        except ValueError:
+            pass
+    elif (hint is dict and isinstance(value, dict)) or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
+        return value
+    expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    raise ValueError(f"{key}: expected {expected.get(hint, hint.__name__)}, found {value!r}")
+
+
+def _nearest(word: str, options: Sequence[str], path: str = "") -> str:
+    close = difflib.get_close_matches(word, options, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {path}{close[0]}?"
+    return f"; known: {', '.join(options)}"
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())

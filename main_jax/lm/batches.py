@@ -1,0 +1,230 @@
+"""Examples -> packed batches of one shape, in an order that any step can be resumed from.
+
+A batch is rows of tokens; an example is a segment of a row, with its own positions. A padded batch is
+the special case of one segment per row. Which examples form a batch never depends on how they are
+packed, so that a packed loss equals an unpacked one.
+
+Letters: R rows, T tokens per row, E examples per microbatch, K microbatches per step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Example(NamedTuple):
+    """One rendered example: `tokens` [T] int32 and `is_target` [T] bool (predicted and counted)."""
+
+    tokens: np.ndarray
+    is_target: np.ndarray
+
+
+class Batch(NamedTuple):
+    """A pytree of arrays; the training step receives them with a leading axis of K microbatches.
+
+    tokens, positions, segment_ids: [R, T] int32; segment 0 is padding.
+    targets: [R, T] int32, the token that follows within the segment.
+    example: [R, T] int32, the example whose target is predicted here; E where nothing is counted.
+    fields: name -> [E] array, what travels with each example (weights, groups); `valid` is always
+        there and is False for the empty places of a batch that is not full.
+    """
+
+    tokens: Any
+    positions: Any
+    segment_ids: Any
+    targets: Any
+    example: Any
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The one shape of a stream of batches."""
+
+    rows: int
+    length: int
+    examples: int
+
+    def union(self, other: Shape) -> Shape:
+        """A shape that holds what either holds."""
+        return Shape(*(max(a, b) for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+def length_bucket(length: int, limit: int | None = None) -> int:
+    """The smallest of 32, 48, 64, 96, 128, ... that holds `length`: few shapes, at most 1/3 waste."""
+    bucket = 32
+    while bucket < length:
+        bucket = bucket * 3 // 2 if bucket & (bucket - 1) == 0 else bucket * 4 // 3
+    return min(bucket, limit) if limit is not None else bucket
+
+
+def first_fit(
+    lengths: Sequence[int], capacity: int, max_items: int | None = None
+) -> list[list[int]]:
+    """First-fit decreasing: rows of indices whose lengths sum to at most `capacity`.
+
+    A row takes at most `max_items` (None: any number). Raises ValueError for an item above the capacity.
+    """
+    if max(lengths, default=0) > capacity:
+        raise ValueError(f"an example of {max(lengths)} tokens does not fit a row of {capacity}")
+    rows: list[list[int]] = []
+    free = np.zeros(len(lengths), np.int64)
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fits = np.flatnonzero(free[: len(rows)] >= lengths[i])
+        if len(fits):
+            row = int(fits[0])
+        else:
+            row = len(rows)
+            rows.append([])
+            free[row] = capacity
+        rows[row].append(i)
+        full = max_items is not None and len(rows[row]) >= max_items
+        free[row] = 0 if full else free[row] - lengths[i]
+    return rows
+
+
+def collate(
+    examples: Sequence[Example],
+    shape: Shape,
+    fields: Mapping[str, Sequence[float] | np.ndarray] | None = None,
+    packing: bool = True,
+) -> Batch:
+    """Packs up to `shape.examples` examples into one batch. Raises ValueError when they do not fit."""
+    lengths = [len(e.tokens) for e in examples]
+    rows = first_fit(lengths, shape.length, None if packing else 1)
+    if len(rows) > shape.rows or len(examples) > shape.examples:
+        raise ValueError(f"{len(examples)} examples in {len(rows)} rows do not fit {shape}")
+    grid = (shape.rows, shape.length)
+    tokens, positions, segments, targets = (np.zeros(grid, np.int32) for _ in range(4))
+    example = np.full(grid, shape.examples, np.int32)
+    for r, members in enumerate(rows):
+        start = 0
+        for segment, index in enumerate(members, start=1):
+            ids, is_target = examples[index]
+            stop = start + len(ids)
+            tokens[r, start:stop] = ids
+            positions[r, start:stop] = np.arange(len(ids))
+            segments[r, start:stop] = segment
+            targets[r, start : stop - 1] = ids[1:]
+            example[r, start : stop - 1][is_target[1:]] = index
+            start = stop
+    padded = {"valid": np.arange(shape.examples) < len(examples)}
+    for name, values in (fields or {}).items():
+        values = np.asarray(values)
+        padded[name] = np.zeros(shape.examples, values.dtype)
+        padded[name][: len(values)] = values
+    return Batch(tokens, positions, segments, targets, example, padded)
+
+
+def pack_table(
+    examples: Sequence[Example], budget: int, limit: int
+) -> Iterator[tuple[list[int], Batch]]:
+    """Packs any number of examples into batches of one shape of about `budget` tokens.
+
+    Yields (indices, batch): example j of the batch is `examples[indices[j]]`. The row length is the
+    bucket of the longest example, at most `limit`; the shape follows from it and the budget alone.
+    """
+    if not examples:
+        return
+    lengths = [len(e.tokens) for e in examples]
+    length = length_bucket(max(lengths), limit)
+    shape = Shape(max(1, budget // length), length, max(1, budget // length) * (length // 4))
+    rows = first_fit(lengths, length, max_items=length // 4)
+    for i in range(0, len(rows), shape.rows):
+        indices = [j for row in rows[i : i + shape.rows] for j in row]
+        yield indices, collate([examples[j] for j in indices], shape)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Examples that must share a microbatch (a seed row and its aligned twin), and their fields."""
+
+    examples: tuple[Example, ...]
+    fields: tuple[Mapping[str, float | bool], ...]
+
+
+class UnitStream:
+    """The training batches of a run: step -> stacked microbatches, a pure function of the step.
+
+    Every epoch is a fresh permutation drawn from (seed, epoch); batches run across epoch boundaries,
+    so every step has the same number of units, and resuming needs nothing but the step number.
+
+    Args:
+        units: the data; must not be empty.
+        units_per_microbatch: units in each of the K microbatches of a step.
+        microbatches: K.
+        limit: longest row allowed, in tokens.
+        shape: of a microbatch, where several streams are to share one compiled step; default: as long as
+            the longest example needs, and as many rows as any of the `steps` steps needs.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        *,
+        units_per_microbatch: int,
+        microbatches: int,
+        steps: int,
+        seed: int,
+        limit: int,
+        packing: bool = True,
+        shape: Shape | None = None,
+    ):
+        if not units:
+            raise ValueError("there is nothing to train on")
+        self.units, self.seed, self.packing = units, seed, packing
+        self.per_micro, self.micro = units_per_microbatch, microbatches
+        self._orders: dict[int, np.ndarray] = {}
+        self.shape = shape or self._own_shape(steps, limit)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            rng = np.random.default_rng([self.seed, epoch])
+            self._orders = {e: order for e, order in self._orders.items() if e >= epoch - 1} | {
+                epoch: rng.permutation(len(self.units))
+            }
+        return self._orders[epoch]
+
+    def indices(self, step: int) -> np.ndarray:
+        """[K, units per microbatch] indices of the units of one step (0-based)."""
+        size = self.per_micro * self.micro
+        places = np.arange(step * size, (step + 1) * size)
+        epochs, offsets = np.divmod(places, len(self.units))
+        chosen = [self._order(int(e))[o] for e, o in zip(epochs, offsets, strict=True)]
+        return np.asarray(chosen).reshape(self.micro, self.per_micro)
+
+    def _own_shape(self, steps: int, limit: int) -> Shape:
+        lengths = [[len(e.tokens) for e in u.examples] for u in self.units]
+        length = length_bucket(max(max(unit) for unit in lengths), limit)
+        examples = self.per_micro * max(len(unit) for unit in lengths)
+        if not self.packing:
+            return Shape(examples, length, examples)
+        rows = 1
+        for step in range(steps):
+            for micro in self.indices(step):
+                flat = [n for i in micro for n in lengths[i]]
+                rows = max(rows, len(first_fit(flat, length)))
+        return Shape(rows, length, examples)
+
+    def batch(self, step: int) -> Batch:
+        """The stacked microbatches of a step: every leaf has a leading axis K."""
+        return stack([self._microbatch(micro) for micro in self.indices(step)])
+
+    def _microbatch(self, indices: np.ndarray) -> Batch:
+        units = [self.units[i] for i in indices]
+        examples = [e for u in units for e in u.examples]
+        rows = [f for u in units for f in u.fields]
+        fields = {name: np.asarray([row[name] for row in rows]) for name in rows[0]}
+        fields = {n: v.astype(np.float32) if v.dtype.kind == "f" else v for n, v in fields.items()}
+        fields["unit"] = np.repeat(np.arange(len(units)), [len(u.examples) for u in units])
+        return collate(examples, self.shape, fields, self.packing)
+
+
+def stack(batches: Sequence[Batch]) -> Batch:
+    """Stacks batches of one shape along a new leading axis."""
+    arrays = [np.stack(leaves) for leaves in zip(*(b[:5] for b in batches), strict=True)]
+    return Batch(*arrays, {k: np.stack([b.fields[k] for b in batches]) for k in batches[0].fields})

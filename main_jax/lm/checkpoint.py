@@ -1,0 +1,81 @@
+"""Training checkpoints (Orbax): params | optimiser | weighting | JSON, atomic, newest kept.
+
+A checkpoint of an unfinished training holds everything a bit-for-bit continuation needs; the last one of
+a finished training holds the parameters alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from main_jax.lm.model import Decoder
+from main_jax.lm.step import TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one training, in one directory. Use as a context manager."""
+
+    def __init__(self, directory: epath.PathLike):
+        self._manager = ocp.CheckpointManager(
+            epath.Path(directory).absolute(),
+            options=ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True),
+        )
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Saves the whole state, asynchronously."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                opt_state=ocp.args.StandardSave(state.opt_state),
+                weighting=ocp.args.StandardSave(state.weighting),
+            ),
+        )
+
+    def save_params(self, step: int, params: Any) -> None:
+        """Saves the parameters of a finished training."""
+        self._manager.save(step, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """The state of `step`; `like` gives shapes, dtypes and placement."""
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        parts = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(abstract.params),
+                opt_state=ocp.args.StandardRestore(abstract.opt_state),
+                weighting=ocp.args.StandardRestore(abstract.weighting),
+            ),
+        )
+        return TrainState(parts.params, parts.opt_state, parts.weighting)
+
+    def restore_params(self, step: int, decoder: Decoder) -> Any:
+        """The parameters of `step` alone."""
+        abstract = jax.eval_shape(decoder.init, jax.random.key(0))
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
+        return self._manager.restore(step, args=args).params
+
+
+def load_params(directory: epath.PathLike, decoder: Decoder) -> Any:
+    """The newest parameters under `directory`. Raises FileNotFoundError when there are none."""
+    with Checkpoints(directory) as checkpoints:
+        step = checkpoints.latest_step
+        if step is None:
+            raise FileNotFoundError(f"{directory}: no checkpoint here")
+        return checkpoints.restore_params(step, decoder)

@@ -1,0 +1,315 @@
+"""The decoder: the one Flax Linen file. RMSNorm, RoPE, attention, SwiGLU, block, scan and remat.
+
+    decoder = Decoder(config, dtype="bfloat16", remat="dots")
+    params = decoder.init(jax.random.key(0))
+    hidden, _ = decoder.apply(params, tokens, positions, segment_ids)          # train, score
+    hidden, cache = decoder.apply(params, tokens, positions, segment_ids, decoder.init_cache(B, S))
+
+Parameters are a plain nested dict of float32 arrays, the layers stacked on a leading axis L:
+
+    embed.embedding VD     layers.attention.{q LDNH, k LDKH, v LDKH, o LNHD}.{kernel, bias}
+    norm.scale D           layers.attention.{q_norm, k_norm}.scale LH
+    head.kernel DV         layers.mlp.{gate LDF, up LDF, down LFD}.kernel
+                           layers.{input_norm, post_attention_norm}.scale LD
+
+Letters, in equations and in names:
+
+    B rows                 T query tokens            S key slots          L layers
+    D hidden features      F features of the MLP     V vocabulary         H features of a head
+    N query heads          K key-value heads         G = N / K
+
+A layer is LLaMA's (Touvron et al. 2023, arXiv 2302.13971):
+x += o(attention(rope(q(norm x)), rope(k(norm x)), v(norm x))); x += down(silu(gate(norm x)) *
+up(norm x)). RMSNorm, RoPE and the softmax are float32 whatever `dtype` is.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from main_jax.lm.arch import DecoderConfig
+from main_jax.lm.attention import attention
+
+# What the backward pass keeps of a layer instead of computing it again; "none": everything.
+REMAT_POLICIES: dict[str, Any] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "projections": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Cache(NamedTuple):
+    """Keys and values of the slots written so far, with what decides who sees them.
+
+    A slot is not a position: prompts are right padded, and a hole has segment 0.
+    """
+
+    keys: jax.Array  # [L, B, S, K, H] in the compute dtype, RoPE applied
+    values: jax.Array  # [L, B, S, K, H]
+    positions: jax.Array  # [B, S] int32
+    segment_ids: jax.Array  # [B, S] int32
+    index: jax.Array  # [] int32, the next slot to be written, the same for all rows
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A decoder as a value: hashable, so that it can be a static argument of a jitted function.
+
+    `dtype` is that of the computation, not of the parameters; `remat` is one of `REMAT_POLICIES`;
+    `attention` is a backend of `lm/attention.py`.
+    """
+
+    config: DecoderConfig
+    dtype: str = "float32"
+    remat: str = "none"
+    attention: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat: no policy {self.remat!r}, only {', '.join(REMAT_POLICIES)}")
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Draw float32 parameters.
+
+        Normal, with standard deviation 1 for the embedding and 1 / sqrt(inputs) for the rest, which
+        keeps activations at unit size; the projections that add to the residual are divided by
+        sqrt(2 L), so that their sum keeps it too. A tied embedding is drawn as a head.
+        """
+        return _init(self, key)
+
+    def apply(
+        self,
+        params: Mapping[str, Any],
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Run `[B, T]` tokens to `[B, T, D]` hidden states (after the final norm), in `dtype`.
+
+        A token sees the tokens of its segment (0 is padding and sees nothing) at positions up to
+        its own. With a cache, the T tokens are first written at slots `[index, index + T)`, which
+        the caller keeps within S, and attention is over the whole cache, returned with them. A
+        token id outside the vocabulary gives NaN rather than another token's result.
+        """
+        model: Any = _Transformer(self)
+        return model.apply({"params": params}, tokens, positions, segment_ids, cache)
+
+    def unembed(self, params: Mapping[str, Any]) -> jax.Array:
+        """Return the `[D, V]` matrix from hidden states to logits, as stored."""
+        if self.config.tie_word_embeddings:
+            return params["embed"]["embedding"].T
+        return params["head"]["kernel"]
+
+    def init_cache(self, batch_size: int, length: int) -> Cache:
+        """Make an empty cache of `length` slots for `batch_size` rows."""
+        c = self.config
+        shape = (c.num_layers, batch_size, length, c.num_kv_heads, c.head_dim)
+        keys, values = jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)
+        positions, segment_ids = jnp.zeros((2, batch_size, length), jnp.int32)
+        return Cache(keys, values, positions, segment_ids, index=jnp.zeros((), jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(decoder: Decoder, key: jax.Array) -> dict[str, Any]:
+    token = jnp.zeros((1, 1), jnp.int32)  # its forward pass is dead code, and compiled away
+    model: Any = _Transformer(decoder)
+    params = model.init(key, token, token, token)["params"]  # matrices hold standard deviations
+    paths, tree = jax.tree_util.tree_flatten_with_path(params)
+    leaves = [leaf for _, leaf in paths]
+    random = [i for i, (path, _) in enumerate(paths) if path[-1].key in ("kernel", "embedding")]
+    ends = np.cumsum([leaves[i].size for i in random])
+    if ends[-1] < 2**24:
+        # One draw, cut up: each costs a third of a second of compilation.
+        draws = jnp.split(jax.random.normal(key, (ends[-1],)), ends[:-1])
+    else:
+        # One each: the partitioner would hold a cut one whole on every device.
+        keys = jax.random.split(key, len(random))
+        draws = [jax.random.normal(k, leaves[i].shape) for k, i in zip(keys, random, strict=True)]
+    for i, draw in zip(random, draws, strict=True):
+        leaves[i] *= draw.reshape(leaves[i].shape)
+    return jax.tree.unflatten(tree, leaves)
+
+
+class Einsum(nn.Module):
+    """A projection named by its einsum, e.g. "BTD,DNH->BTNH": axes, fan-in and bias follow from it.
+
+    `gain` multiplies the initial standard deviation, 1 / sqrt(fan-in).
+    """
+
+    equation: str
+    decoder: Decoder
+    use_bias: bool = False
+    gain: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Contract the last axes of `x` with the first ones of the kernel."""
+        dtype, sizes = self.decoder.dtype, self.decoder.config.sizes
+        kernel_axes, out_axes = self.equation.split(",")[1].split("->")
+        shape = tuple(sizes[axis] for axis in kernel_axes)
+        out_shape = tuple(sizes[axis] for axis in kernel_axes if axis in out_axes)
+        fan_in = math.prod(shape) // math.prod(out_shape)
+        kernel = self.param("kernel", nn.initializers.constant(self.gain * fan_in**-0.5), shape)
+        # In two dimensions: with [B, T, D] the CPU's weight gradients miss the fast matrix product.
+        y = x.reshape(-1, fan_in) @ kernel.reshape(fan_in, -1).astype(dtype)
+        y = y.reshape(*x.shape[:2], *out_shape)
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros, out_shape).astype(dtype)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32; keeps the dtype of x."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalise `[..., D]`."""
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        y = x.astype(jnp.float32)
+        y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        return (y * scale).astype(x.dtype)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Apply RoPE to `[B, T, N, H]`; a pair is (i, i + H / 2), Hugging Face's convention."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def _write(old: jax.Array, new: jax.Array, index: jax.Array, axis: int = 1) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(old, new, index, axis)
+
+
+class _Context(NamedTuple):
+    """What all layers share."""
+
+    cos: jax.Array  # [B, T, 1, H / 2]
+    sin: jax.Array
+    who: dict[str, jax.Array]  # positions and segments of queries and keys
+    index: jax.Array | None  # where the cache is written, if there is one
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention, over the T tokens or over a cache that they are written to."""
+
+    decoder: Decoder
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: _Context, cached: Any) -> tuple[jax.Array, Any]:
+        """Map `[B, T, D]` to `[B, T, D]` and, if there is a cache, the new keys and values."""
+        c, new = self.decoder.config, None
+        project = functools.partial(Einsum, decoder=self.decoder, use_bias=c.qkv_bias)
+        q = project("BTD,DNH->BTNH", name="q")(x)
+        k = project("BTD,DKH->BTKH", name="k")(x)
+        v = project("BTD,DKH->BTKH", name="v")(x)
+        if c.qk_norm:
+            q = RMSNorm(c.rms_norm_eps, name="q_norm")(q)
+            k = RMSNorm(c.rms_norm_eps, name="k_norm")(k)
+        with jax.named_scope("rope"):
+            q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
+        if context.index is not None:
+            new = (k, v)
+            k, v = _write(cached[0], k, context.index), _write(cached[1], v, context.index)
+        with jax.named_scope("attend"):
+            window, backend = c.sliding_window, self.decoder.attention
+            y = attention(q, k, v, **context.who, sliding_window=window, backend=backend)
+        gain = (2 * c.num_layers) ** -0.5
+        return Einsum("BTNH,NHD->BTD", self.decoder, gain=gain, name="o")(y), new
+
+
+class MLP(nn.Module):
+    """SwiGLU: Shazeer 2020, arXiv 2002.05202."""
+
+    decoder: Decoder
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map `[B, T, D]` to `[B, T, D]`."""
+        gate = Einsum("BTD,DF->BTF", self.decoder, name="gate")(x)
+        up = Einsum("BTD,DF->BTF", self.decoder, name="up")(x)
+        gain = (2 * self.decoder.config.num_layers) ** -0.5
+        return Einsum("BTF,FD->BTD", self.decoder, gain=gain, name="down")(nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """One layer, as the body of a scan: the carry is x, `[B, T, D]`."""
+
+    decoder: Decoder
+
+    @nn.compact
+    def __call__(self, x: jax.Array, cached: Any, context: _Context) -> tuple[jax.Array, Any]:
+        """Return x after the layer, and the layer's new keys and values (None without a cache)."""
+        norm = functools.partial(RMSNorm, self.decoder.config.rms_norm_eps)
+        y = norm(name="input_norm")(x)
+        y, new = Attention(self.decoder, name="attention")(y, context, cached)
+        x += y
+        return x + MLP(self.decoder, name="mlp")(norm(name="post_attention_norm")(x)), new
+
+
+class _Transformer(nn.Module):
+    """Embedding, the scanned stack and the final norm; the head is declared, not applied."""
+
+    decoder: Decoder
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """See `Decoder.apply`."""
+        c = self.decoder.config
+        shape, std = (c.vocab_size, c.hidden_size), c.hidden_size**-0.5
+        embed_std = std if c.tie_word_embeddings else 1.0
+        embed = self.param("embed", lambda key: {"embedding": jnp.full(shape, embed_std)})
+        if not c.tie_word_embeddings:
+            self.param("head", lambda key: {"kernel": jnp.full(shape[::-1], std)})
+
+        with jax.named_scope("embed"):
+            x = jnp.take(embed["embedding"], tokens, axis=0).astype(self.decoder.dtype)
+        with jax.named_scope("rope_angles"):
+            angles = positions[:, :, None, None].astype(jnp.float32) * c.rope_frequencies()
+            cos, sin = jnp.cos(angles), jnp.sin(angles)
+        who = dict(q_positions=positions, q_segment_ids=segment_ids)
+        if cache is None:
+            cached = None
+            who |= dict(k_positions=positions, k_segment_ids=segment_ids)
+        else:
+            cached = (cache.keys, cache.values)
+            who["k_positions"] = _write(cache.positions, positions, cache.index)
+            who["k_segment_ids"] = _write(cache.segment_ids, segment_ids, cache.index)
+
+        block: Any = Block
+        if self.decoder.remat != "none":
+            policy = REMAT_POLICIES[self.decoder.remat]
+            block = nn.remat(Block, policy=policy, prevent_cse=False)  # a scan needs no barrier
+        stack: Any = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=c.num_layers,
+        )
+        context = _Context(cos, sin, who, None if cache is None else cache.index)
+        x, new = stack(self.decoder, name="layers")(x, cached, context)
+        x = RMSNorm(c.rms_norm_eps, name="norm")(x)
+        if cache is None:
+            return x, None
+        # Layers return only what is new: a donated cache is then written in place, once.
+        keys = _write(cache.keys, new[0], cache.index, axis=2)
+        values = _write(cache.values, new[1], cache.index, axis=2)
+        next_index = cache.index + tokens.shape[1]
+        return x, Cache(keys, values, who["k_positions"], who["k_segment_ids"], next_index)

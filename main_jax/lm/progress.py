@@ -1,0 +1,89 @@
+"""Progress of long work for people: a bar with rate and time left, plain lines when not a terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+PLAIN_INTERVAL_S = 10.0
+
+
+def say(message: str) -> None:
+    """One line about what the program does, on standard error."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class _Lines:
+    """A line at most every ten seconds, and one at the end."""
+
+    def __init__(self, label: str, total: int, unit: str, done: int):
+        self.label, self.total, self.unit = label, total, unit
+        self.start = self.last = time.monotonic()
+        self.first = self.done = done
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self.done += n
+        now = time.monotonic()
+        if now - self.last >= PLAIN_INTERVAL_S and self.done < self.total:
+            self.last = now
+            self._print(now, note)
+
+    def close(self) -> None:
+        if self.done > self.first:
+            self._print(time.monotonic(), "")
+
+    def _print(self, now: float, note: str) -> None:
+        elapsed = max(now - self.start, 1e-9)
+        rate = (self.done - self.first) / elapsed
+        left = _clock((self.total - self.done) / rate) if rate else "?"
+        tail = f"{left} left" if self.done < self.total else f"took {_clock(elapsed)}"
+        note = f", {note}" if note else ""
+        say(f"{self.label}: {self.done:,}/{self.total:,} {self.unit}, {rate:,.1f}/s, {tail}{note}")
+
+
+class _Bar:
+    """A rich progress bar."""
+
+    def __init__(self, label: str, total: int, unit: str, done: int):
+        from rich import progress
+        from rich.console import Console
+
+        self.bar = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.TextColumn(f"{{task.completed:,.0f}}/{{task.total:,.0f}} {unit}"),
+            progress.TextColumn("{task.fields[rate]}"),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[note]}"),
+            console=Console(stderr=True),
+        )
+        self.first, self.begin = done, time.monotonic()
+        self.task = self.bar.add_task(label, total=total, completed=done, rate="", note="")
+        self.bar.start()
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        task = self.bar.tasks[0]
+        speed = (task.completed + n - self.first) / max(time.monotonic() - self.begin, 1e-9)
+        fields = {"rate": f"{speed:,.1f}/s"} | ({"note": note} if note else {})
+        self.bar.update(self.task, advance=n, **fields)
+
+    def close(self) -> None:
+        self.bar.stop()
+
+
+@contextmanager
+def track(label: str, total: int, unit: str, done: int = 0) -> Iterator[_Lines | _Bar]:
+    """Yields something with `advance(n=1, note="")`; `done` is what an earlier run had finished."""
+    bar = (_Bar if sys.stderr.isatty() else _Lines)(label, total, unit, done)
+    try:
+        yield bar
+    finally:
+        bar.close()

@@ -1,0 +1,152 @@
+"""The one jitted training step: weighted per-example loss, accumulation, AdamW.
+
+    loss = Σ_i w_i·L_i / Σ_i w_i     over the examples of the *global* batch
+
+Numerators and denominators are summed apart over microbatches and divided once, so that K microbatches
+equal one batch. The weights come from a strategy object (`ExampleWeights`); no gradient flows through
+them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from main_jax.lm.batches import Batch
+from main_jax.lm.loss import per_example_nll
+from main_jax.lm.model import Decoder
+
+
+class ExampleWeights(Protocol):
+    """Per-example weights as pure functions; a hashable value, so that it can be a static argument."""
+
+    def init(self) -> Any:
+        """The strategy's state before the first step (a pytree, possibly empty)."""
+
+    def prepare(self, fields: dict) -> dict:
+        """Sees the fields of the whole global batch [K, E] once, before any loss is known."""
+
+    def weigh(self, nll, fields: dict, state, progress):
+        """[E] weights of one microbatch from its [E] mean NLLs; `progress` is the share of steps done."""
+
+    def sums(self, nll, weights, fields: dict) -> dict:
+        """Scalars to add up over the microbatches."""
+
+    def update(self, state, sums: dict) -> tuple[Any, dict]:
+        """(state, metrics) after the step, from the summed scalars."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW as in the field: decay on matrices only, clipping by the global norm."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    loss_normalization: Literal["example", "token"] = "example"
+
+    def transform(self) -> optax.GradientTransformation:
+        """Everything but the learning rate, which is an argument of the step (no recompile)."""
+        return optax.chain(
+            optax.clip_by_global_norm(self.max_grad_norm),
+            optax.scale_by_adam(b1=self.beta1, b2=self.beta2, eps=self.epsilon),
+            optax.add_decayed_weights(self.weight_decay, mask=is_matrix),
+        )
+
+
+class TrainState(NamedTuple):
+    """What a step consumes and gives back; donated."""
+
+    params: Any
+    opt_state: Any
+    weighting: Any
+
+
+def is_matrix(params):
+    """True for kernels and embeddings. By name: stacked layers give norm scales two axes as well."""
+    matrices = ("kernel", "embedding")
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in matrices, params)
+
+
+def init_state(params, optimizer: Optimizer, weighting: ExampleWeights) -> TrainState:
+    """A fresh state around `params`, which the first step will donate."""
+    return TrainState(params, jax.jit(optimizer.transform().init)(params), weighting.init())
+
+
+def accumulate(
+    params, batches: Batch, weighting_state, progress, *, decoder, optimizer, weighting
+) -> tuple[Any, Any, dict]:
+    """Loss and gradient of the global batch, from K stacked microbatches.
+
+    Returns:
+        (loss, gradients, sums): the loss and the gradients already divided by the global denominator;
+        `sums` is what the weighting strategy adds up.
+    """
+    batches = batches._replace(fields=weighting.prepare(batches.fields))
+
+    def weighted_sum(params, batch):
+        sums, counts = per_example_nll(decoder, params, batch)
+        mean = sums / jnp.maximum(counts, 1)
+        counted = batch.fields["valid"] & (counts > 0)
+        fixed = jax.lax.stop_gradient(mean)
+        weights = weighting.weigh(fixed, batch.fields, weighting_state, progress) * counted
+        weights = jax.lax.stop_gradient(weights)
+        by_token = optimizer.loss_normalization == "token"
+        numerator = jnp.sum(weights * (sums if by_token else mean))
+        denominator = jnp.sum(weights * (counts if by_token else 1.0))
+        fields = batch.fields | {"valid": counted}
+        return numerator, (denominator, jnp.sum(counts), weighting.sums(fixed, weights, fields))
+
+    def microbatch(batch):
+        (numerator, aux), grads = jax.value_and_grad(weighted_sum, has_aux=True)(params, batch)
+        return numerator, grads, *aux
+
+    first = microbatch(jax.tree.map(lambda x: x[0], batches))
+    total, _ = (
+        jax.lax.scan(
+            lambda total, batch: (jax.tree.map(jnp.add, total, microbatch(batch)), None),
+            first,
+            jax.tree.map(lambda x: x[1:], batches),
+        )
+        if batches.tokens.shape[0] > 1
+        else (first, None)
+    )
+    numerator, grads, denominator, tokens, sums = total
+    grads = jax.tree.map(lambda g: g / denominator, grads)
+    return numerator / denominator, grads, sums | {"target_tokens": tokens}
+
+
+@partial(jax.jit, static_argnames=("decoder", "optimizer", "weighting"), donate_argnames=("state",))
+def train_step(
+    state: TrainState,
+    batches: Batch,
+    learning_rate,
+    progress,
+    *,
+    decoder: Decoder,
+    optimizer: Optimizer,
+    weighting: ExampleWeights,
+) -> tuple[TrainState, dict]:
+    """One optimiser step on K stacked microbatches; returns the new state and scalar metrics."""
+    loss, grads, sums = accumulate(
+        state.params, batches, state.weighting, progress,
+        decoder=decoder, optimizer=optimizer, weighting=weighting,
+    )  # fmt: skip
+    with jax.named_scope("optimizer"):
+        direction, opt_state = optimizer.transform().update(grads, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, d: p - learning_rate * d, state.params, direction)
+    target_tokens = sums.pop("target_tokens")
+    weighting_state, metrics = weighting.update(state.weighting, sums)
+    metrics |= {
+        "loss_nats": loss,
+        "grad_norm": optax.global_norm(grads),
+        "target_tokens": target_tokens,
+    }
+    return TrainState(params, opt_state, weighting_state), metrics

@@ -1,0 +1,232 @@
+"""The training loop: steps, metrics, checkpoints, validation; resumed bit for bit wherever it stopped.
+
+    fit(decoder, load_base, units, settings, directory=..., weighting=...)
+
+The batch of a step is a pure function of the step number, so a checkpoint needs no data state.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+
+from main_jax.lm.batches import Example, Shape, Unit, UnitStream, pack_table
+from main_jax.lm.checkpoint import Checkpoints
+from main_jax.lm.loss import example_nll
+from main_jax.lm.model import Decoder
+from main_jax.lm.progress import track
+from main_jax.lm.step import ExampleWeights, Optimizer, TrainState, init_state, train_step
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is no longer finite."""
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Hyperparameters of one training, under the names that the field uses.
+
+    max_steps: optimiser steps; null: from num_train_epochs.
+    per_device_train_batch_size: units (pairs with their twins) per microbatch.
+    min_learning_rate_ratio: where the linear or cosine schedule ends, as a share of learning_rate.
+    loss_normalization: `example` divides by Σ w_i, `token` by Σ w_i·(target tokens).
+    save_steps, logging_steps, eval_steps: in optimiser steps; eval_steps null: only at the end.
+    """
+
+    learning_rate: float = 1e-5
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    min_learning_rate_ratio: float = 0.1
+    warmup_ratio: float = 0.03
+    max_steps: int | None = None
+    num_train_epochs: float = 1.0
+    per_device_train_batch_size: int = 32
+    gradient_accumulation_steps: int = 1
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    loss_normalization: Literal["example", "token"] = "example"
+    packing: bool = True
+    save_steps: int = 200
+    logging_steps: int = 10
+    eval_steps: int | None = None
+
+    def steps(self, num_units: int) -> int:
+        """Optimiser steps for a data set of `num_units`."""
+        if self.max_steps is not None:
+            return self.max_steps
+        per_step = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return max(1, math.ceil(self.num_train_epochs * num_units / per_step))
+
+    def optimizer(self) -> Optimizer:
+        """The part that is compiled into the step."""
+        return Optimizer(
+            beta1=self.adam_beta1,
+            beta2=self.adam_beta2,
+            epsilon=self.adam_epsilon,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+            loss_normalization=self.loss_normalization,
+        )
+
+    def schedule(self, steps: int) -> optax.Schedule:
+        """Learning rate per step: linear warm-up, then the named decay."""
+        warmup, peak = math.ceil(self.warmup_ratio * steps), self.learning_rate
+        rest, end = max(1, steps - warmup), self.min_learning_rate_ratio
+        decay = {
+            "cosine": optax.schedules.cosine_decay_schedule(peak, rest, end),
+            "linear": optax.schedules.linear_schedule(peak, peak * end, rest),
+            "constant": optax.schedules.constant_schedule(peak),
+        }[self.lr_scheduler_type]
+        if not warmup:
+            return decay
+        ramp = optax.schedules.linear_schedule(peak / (warmup + 1), peak, warmup)
+        return optax.schedules.join_schedules([ramp, decay], [warmup])
+
+
+def fit(
+    decoder: Decoder,
+    load_params: Callable[[], Any],
+    units: Sequence[Unit],
+    settings: TrainingSettings,
+    *,
+    directory: epath.PathLike,
+    weighting: ExampleWeights,
+    seed: int,
+    label: str,
+    limit: int,
+    validation: Sequence[Example] = (),
+    shape: Shape | None = None,
+    progress: Callable[[int], float] | None = None,
+) -> None:
+    """Trains and leaves the final parameters under `directory/checkpoints`.
+
+    Args:
+        decoder: the model.
+        load_params: gives the initial parameters; called only when no checkpoint exists. Donated.
+        units: training data.
+        settings: hyperparameters.
+        directory: gets `checkpoints/` and `metrics.jsonl`.
+        weighting: per-example weights.
+        seed: of the data order.
+        label: what the progress bar and errors call this training.
+        limit: longest row, in tokens.
+        validation: held-out examples; their mean NLL per token is logged.
+        shape: of a microbatch, where several trainings are to share one compiled step.
+        progress: step -> share of the schedule done, for the weighting; default: of this training.
+
+    Raises:
+        TrainingDiverged: a loss or gradient was not finite; the last good checkpoint stays.
+        ValueError: no units.
+    """
+    directory = epath.Path(directory)
+    steps = settings.steps(len(units))
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        start = checkpoints.latest_step or 0
+        if start >= steps:
+            return
+        stream = UnitStream(
+            units,
+            units_per_microbatch=settings.per_device_train_batch_size,
+            microbatches=settings.gradient_accumulation_steps,
+            steps=steps,
+            seed=seed,
+            limit=limit,
+            packing=settings.packing,
+            shape=shape,
+        )
+        optimizer, schedule = settings.optimizer(), settings.schedule(steps)
+        if start:
+            like = jax.eval_shape(
+                lambda: init_state(decoder.init(jax.random.key(0)), optimizer, weighting)
+            )
+            state = checkpoints.restore(start, like)
+        else:
+            state = init_state(load_params(), optimizer, weighting)
+        log = MetricsLog(directory / "metrics.jsonl", keep_steps=start)
+        with track(label, steps, "steps", start) as bar:
+            for step in range(start, steps):
+                batch = jax.device_put(stream.batch(step))
+                share = progress(step) if progress else step / steps
+                state, metrics = train_step(
+                    state, batch, jnp.float32(schedule(step)), jnp.float32(share),
+                    decoder=decoder, optimizer=optimizer, weighting=weighting,
+                )  # fmt: skip
+                done = step + 1
+                log.add(done, metrics | {"learning_rate": float(schedule(step))})
+                note = ""
+                if done % settings.logging_steps == 0 or done % settings.save_steps == 0:
+                    note = f"loss {log.flush(label):.3f}"
+                if validation and (
+                    done == steps or (settings.eval_steps and done % settings.eval_steps == 0)
+                ):
+                    log.add(done, {"validation_nll_nats_per_token": mean_nll(
+                        decoder, state.params, validation, limit)})  # fmt: skip
+                if done % settings.save_steps == 0 and done < steps:
+                    checkpoints.save(done, state)
+                bar.advance(note=note)
+        log.flush(label)
+        checkpoints.save_params(steps, state.params)
+
+
+def mean_nll(
+    decoder: Decoder, params, examples: Sequence[Example], limit: int, budget: int = 8192
+) -> float:
+    """Mean NLL in nats per target token over all examples (Σ nll / Σ tokens)."""
+    total = count = 0.0
+    for _, batch in pack_table(examples, budget, limit):
+        sums, counts = example_nll(decoder, params, batch)
+        total += float(np.sum(np.asarray(sums), dtype=np.float64))
+        count += float(np.sum(np.asarray(counts), dtype=np.float64))
+    return total / count if count else float("nan")
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one line per step, read from the device only when flushed.
+
+    `keep_steps` drops what an interrupted run had logged past its last checkpoint.
+    """
+
+    def __init__(self, path: epath.Path, keep_steps: int):
+        self._path, self._pending = path, []
+        lines = path.read_text().splitlines() if path.exists() else []
+        complete = [line for line in lines if line.endswith("}")]
+        kept = [line for line in complete if json.loads(line)["step"] <= keep_steps]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(line + "\n" for line in kept))
+
+    def add(self, step: int, metrics: dict) -> None:
+        """Remembers a step's metrics, still on the device."""
+        self._pending.append((step, metrics))
+
+    def flush(self, label: str) -> float:
+        """Writes what is pending; returns the last loss. Raises TrainingDiverged."""
+        loss, lines = math.nan, []
+        for step, metrics in jax.device_get(self._pending):
+            values = {name: float(value) for name, value in metrics.items()}
+            loss = values.get("loss_nats", loss)
+            for name in ("loss_nats", "grad_norm"):
+                if name in values and not math.isfinite(values[name]):
+                    raise TrainingDiverged(
+                        f"{label}: {name} is {values[name]} at step {step}; lower learning_rate or"
+                        " look at the data of that step; the last good checkpoint is kept"
+                    )
+            shown = {k: v if math.isfinite(v) else None for k, v in values.items()}
+            lines.append(json.dumps({"step": step} | shown) + "\n")
+        with self._path.open("a") as file:
+            file.write("".join(lines))
+        self._pending = []
+        return loss
+
+
+__all__ = ["MetricsLog", "TrainState", "TrainingDiverged", "TrainingSettings", "fit", "mean_nll"]

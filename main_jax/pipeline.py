@@ -1,0 +1,287 @@
+"""The steps in order: prepare -> align -> augment -> score -> filter -> finetune -> evaluate.
+
+run = open_run(config)      # checks paths, then the model, then the room on the disk
+execute(run)                # or run.execute("score") for one stage
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import yaml
+from etils import epath
+
+from main_jax import pairs
+from main_jax.align import align, trained
+from main_jax.augment import write_side
+from main_jax.config import Config
+from main_jax.errors import UserError
+from main_jax.evaluate import evaluate
+from main_jax.filter import with_filter
+from main_jax.finetune import arms, finetune
+from main_jax.lm.progress import say, track
+from main_jax.models import LanguageModel, check_directory
+from main_jax.prompts import Direction
+from main_jax.run import Run, Stage, derive_seed, files_below, versions
+from main_jax.score import hard_drop, score_rows
+
+# ------------------------------------------------------------------------------------------- stages
+
+
+def build_world(run: Run, out: epath.Path) -> dict[str, int]:
+    """The embedded world's files, in place of the user's."""
+    from main_jax.world.build import build
+
+    return build(run, out)
+
+
+def prepare(run: Run, out: epath.Path) -> dict[str, int]:
+    """Reads and checks both files; drops with a reason what cannot be used; holds out validation pairs."""
+    prompt = run.prompt
+    seed, responses = run.input_path("seed"), run.input_path("responses")
+    seed_rows = [_clean(r, origin="seed", round=0) for r in pairs.read_pairs(seed)]
+    response_rows = [_clean(r, origin="augmented") for r in pairs.read_responses(responses)]
+    for row, ids in _tokenised(seed_rows, prompt):
+        row["drop_reason"] = hard_drop(row)
+        for direction in Direction:
+            rendered = prompt.render(direction, *ids)
+            row["drop_reason"] = row["drop_reason"] or rendered.drop_reason
+            row["truncated"] = row.get("truncated", False) or rendered.truncated
+    for row, ids in _tokenised(response_rows, prompt):
+        rendered = prompt.render(Direction.FORWARD, [], ids[1])
+        empty = None if (row["response"] or "").strip() else "empty_response"
+        row |= {"drop_reason": empty or rendered.drop_reason, "truncated": rendered.truncated}
+    counts: dict[str, int] = {}
+    for name, path, rows in (("seed", seed, seed_rows), ("responses", responses, response_rows)):
+        counts |= _check_drops(name, path, rows, run.config.data.max_drop_share)
+    usable = [row for row in seed_rows if not row["drop_reason"]]
+    held_out = _held_out(usable, run.config.data.validation_share, run.config.seed)
+    tables = {
+        "seed": [row for row in seed_rows if row["id"] not in held_out],
+        "validation": [row for row in usable if row["id"] in held_out],
+        "responses": response_rows,
+    }
+    if all(row["drop_reason"] for row in tables["seed"]):
+        raise UserError("data.validation_share leaves no seed pair to train on")
+    for name, rows in tables.items():
+        pairs.map_chunks(
+            rows, out / "data" / name, run.config.runtime.chunk_rows, lambda chunk: list(chunk)
+        )
+    first = next(row for row in tables["seed"] if not row["drop_reason"])
+    shown = [prompt.show(d, pairs.joined_instruction(first), first["response"]) for d in Direction]
+    pairs.write_atomically(out / "example.txt", lambda p: p.write_text("\n\n".join(shown) + "\n"))
+    return counts | {"validation_pairs": len(tables["validation"])}
+
+
+def augment(run: Run, out: epath.Path) -> dict[str, int]:
+    """The aligned reverse model writes an instruction for every unlabelled response."""
+    settings, runtime = run.config.augment, run.config.runtime
+    rows = [row | {"round": run.config.align.rounds} for row in run.rows("prepare", "responses")]
+    model: list[LanguageModel] = []
+
+    def write(chunk: Sequence[dict]) -> list[dict]:
+        if not model:
+            last = f"round-{run.config.align.rounds}"
+            model.append(trained(run.directory("align"), last, Direction.REVERSE, run.base))
+        return write_side(
+            chunk, Direction.REVERSE, model[0], run.prompt, settings.sampling,
+            seed=derive_seed(run.config.seed, "augment"),
+            batch_size=runtime.generation_batch_size, on_done=bar.advance,
+        )  # fmt: skip
+
+    with track("augment", len(rows), "rows") as bar:
+        table = pairs.map_chunks(rows, out / "data", runtime.chunk_rows, write)
+    return _reasons(table.to_pylist(), "pairs")
+
+
+def score(run: Run, out: epath.Path) -> dict[str, int]:
+    """Both aligned models score every augmented pair."""
+    rows = run.rows("augment")
+    models: list[tuple] = []
+
+    def score_chunk(chunk: Sequence[dict]) -> list[dict]:
+        if not models:
+            last, stage = f"round-{run.config.align.rounds}", run.directory("align")
+            models.extend((trained(stage, last, d, run.base), run.prompt) for d in Direction)
+        scored = score_rows(chunk, models[0], models[1], run.config.score.tokens_per_batch)
+        bar.advance(len(chunk))
+        return scored
+
+    with track("score", len(rows), "pairs") as bar:
+        table = pairs.map_chunks(rows, out / "data", run.config.runtime.chunk_rows, score_chunk)
+    return _reasons(table.to_pylist(), "pairs")
+
+
+def filter_pairs(run: Run, out: epath.Path) -> dict[str, int]:
+    """Every score as a column; `keep` and `drop_reason` by the configured one."""
+    settings = run.config.filter
+    table = pairs.read_parts(run.directory("score") / "data")
+    table = with_filter(table, settings.by, settings.select, settings.keep, run.config.seed)
+    pairs.write_table(out / "data" / "part-00000.parquet", table)
+    counts = _reasons(table.to_pylist(), "pairs")
+    if not counts["pairs"]:
+        raise UserError(f"filter.{settings.by} keeps no pair; loosen filter.keep or look at {out}")
+    return counts
+
+
+STAGES = (
+    Stage("prepare", 1, prepare, ("data", "prompt")),
+    Stage("align", 2, align, ("align",), ("prepare",)),
+    Stage("augment", 3, augment, ("augment",), ("prepare", "align")),
+    Stage("score", 4, score, ("score",), ("align", "augment")),
+    Stage("filter", 5, filter_pairs, ("filter",), ("score",)),
+    Stage("finetune", 6, finetune, ("finetune",), ("prepare", "filter")),
+    Stage("evaluate", 7, evaluate, ("evaluate",), ("align", "filter", "finetune")),
+)
+WORLD = Stage("world", 0, build_world, ("world",))
+
+# ------------------------------------------------------------------------------------------- running
+
+
+def stages_of(config: Config) -> tuple[Stage, ...]:
+    """The stages of a run, in order; with the world before the others where it takes the user's place."""
+    if config.world is None:
+        return STAGES
+    first, *rest = STAGES
+    return (WORLD, Stage(first.name, 1, first.function, first.sections, ("world",)), *rest)
+
+
+def open_run(config: Config) -> Run:
+    """Checks paths, then the model, then the disk; raises UserError for the first fault."""
+    run = Run(config, stages_of(config))
+    if not run.world:
+        keys = {
+            "model_name_or_path": config.model_name_or_path,
+            "data.seed_path": config.data.seed_path,
+        }
+        keys |= {"data.responses_path": config.data.responses_path}
+        for key, value in keys.items():
+            if not value:
+                raise UserError(f"{key} is not set; give it in the config or as --{key} PATH")
+        check_directory(run.input_path("model"), "model_name_or_path")
+        for key, name in (("data.seed_path", "seed"), ("data.responses_path", "responses")):
+            check_file(run.input_path(name), key)
+    check_output(run.path, "output_dir")
+    if not run.world:
+        _ = run.prompt  # opens and checks the model and its tokenizer
+    _check_room(run)
+    run.path.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(_plain(config.as_dict()), sort_keys=False, allow_unicode=True)
+    pairs.write_atomically(run.path / "config.yaml", lambda path: path.write_text(text))
+    return run
+
+
+def execute(run: Run, stage: str | None = None) -> None:
+    """Runs all stages, or one; after the last, writes and prints the results."""
+    for name in run.stages if stage is None else [stage]:
+        run.execute(name)
+        manifest = {"versions": versions(), "stages": list(run.stages), "seconds": run.seconds()}
+        pairs.write_json(run.path / "manifest.json", manifest)
+    if stage in (None, "evaluate"):
+        results = json.loads((run.directory("evaluate") / "results.json").read_text())
+        pairs.write_json(run.path / "results.json", results | {"seconds": run.seconds()})
+
+
+def check_file(path: str, key: str) -> None:
+    """Raises UserError unless `path` is a file."""
+    file = epath.Path(path)
+    if not file.exists():
+        raise UserError(f"{key}: {path}: no such file")
+    if file.is_dir():
+        raise UserError(f"{key}: {path}: is a directory, expected a .jsonl or .parquet file")
+
+
+def check_output(path: epath.PathLike, key: str) -> None:
+    """Raises UserError when a file stands where a folder is needed."""
+    at = epath.Path(path)
+    for folder in (at, *at.parents):
+        if folder.exists():
+            if not folder.is_dir():
+                raise UserError(f"{key}: {folder} is a file, expected a directory")
+            return
+
+
+def check_room(path: epath.PathLike, needed: int, what: str) -> None:
+    """Raises UserError when the disk of `path` has fewer than `needed` bytes free."""
+    at = epath.Path(path).absolute()
+    if "://" in str(path):
+        return  # object stores have no end
+    while not at.exists():
+        at = at.parent
+    free = shutil.disk_usage(at).free
+    if free < needed:
+        raise UserError(
+            f"{path}: {what} needs about {needed / 1e6:,.0f} MB, only {free / 1e6:,.0f} MB are free "
+            "on that disk; free some or choose another place"
+        )
+
+
+def _check_room(run: Run) -> None:
+    """Final parameters of every training, two full states while one is saved, and the tables."""
+    config = run.config
+    finals = 2 * (config.align.rounds + 1) + int(config.align.control) + len(arms(run))
+    if config.world is None:
+        parameters = run.base.decoder.config.num_params()
+        files = sum(epath.Path(run.input_path(n)).stat().length for n in ("seed", "responses"))
+    else:
+        finals += 2
+        parameters = (
+            400 * config.world.hidden_size
+            + config.world.num_layers * 12 * config.world.hidden_size**2
+        )
+        files = 2_000_000
+    written = sum(file.stat().length for file in files_below(run.path))
+    needed = 4 * parameters * (finals + 6) + 6 * files + 20_000_000
+    check_room(run.path, max(0, needed - written), "the run")
+
+
+# ------------------------------------------------------------------------------------------- helpers
+
+
+def _clean(row: dict, **fields: Any) -> dict:
+    return {k: v for k, v in row.items() if k in pairs.COLUMNS} | fields
+
+
+def _tokenised(rows: Sequence[dict], prompt) -> list[tuple[dict, tuple[list[int], list[int]]]]:
+    instructions = prompt.encode_all([pairs.joined_instruction(r) for r in rows])
+    responses = prompt.encode_all([r.get("response") or "" for r in rows])
+    return list(zip(rows, zip(instructions, responses, strict=True), strict=True))
+
+
+def _check_drops(name: str, path: str, rows: Sequence[dict], limit: float) -> dict[str, int]:
+    reasons = Counter(row["drop_reason"] for row in rows if row["drop_reason"])
+    listed = ", ".join(f"{reason} {n:,}" for reason, n in sorted(reasons.items()))
+    dropped = sum(reasons.values())
+    if dropped == len(rows):
+        raise UserError(f"{path}: no usable row is left of {len(rows):,} ({listed})")
+    if dropped > limit * len(rows):
+        raise UserError(
+            f"{path}: {dropped:,} of {len(rows):,} rows cannot be used ({listed}), more than "
+            f"data.max_drop_share {limit:g} allows"
+        )
+    if dropped:
+        say(f"{path}: {dropped:,} of {len(rows):,} rows dropped ({listed})")
+    return {name: len(rows) - dropped} | {f"{name}_{r}": n for r, n in sorted(reasons.items())}
+
+
+def _held_out(rows: Sequence[dict], share: float, seed: int) -> set[str]:
+    order = np.random.default_rng(derive_seed(seed, "validation")).permutation(len(rows))
+    return {rows[i]["id"] for i in order[: int(share * len(rows) + 0.5)]}
+
+
+def _reasons(rows: Sequence[dict], name: str) -> dict[str, int]:
+    reasons = Counter(row["drop_reason"] for row in rows if row["drop_reason"])
+    kept = len(rows) - sum(reasons.values())
+    return {name: kept} | {reason: n for reason, n in sorted(reasons.items())}
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, for YAML."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,257 @@
+"""The two directions: a pair becomes tokens and a target mask.
+
+    forward  p(R|I):  [prefix] instruction [suffix] response [end]
+    reverse  p(I|R):  [prefix] response [suffix] instruction [end]
+
+The target (and nothing else) is predicted and counted, its end token included. The fixed parts come from
+the tokenizer's chat template, the built-in plain template, a template of the user's, or are absent
+(`none`: `[bos] + encode(condition) + encode(target) + [eos]`). All parts are tokenised apart and joined.
+The *unconditional* example has the same fixed parts and target, and an empty condition.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+
+from main_jax.errors import UserError
+from main_jax.lm.batches import Example
+
+
+class Direction(enum.StrEnum):
+    """Which side of a pair is predicted."""
+
+    FORWARD = "forward"
+    REVERSE = "reverse"
+
+    def sides(self, instruction: Any, response: Any) -> tuple[Any, Any]:
+        """(condition, target) of a pair."""
+        return (instruction, response) if self is Direction.FORWARD else (response, instruction)
+
+
+PLAIN = {
+    "forward": {"before": "### Instruction:\n", "after": "\n\n### Response:\n"},
+    "reverse": {
+        "before": "Write the instruction that the following response answers.\n\n### Response:\n",
+        "after": "\n\n### Instruction:\n",
+    },
+}
+REVERSE_REQUEST = "Write the instruction that the following text answers.\n\n{}"
+"""What the user turn says in the reverse direction of a chat template (ours)."""
+
+
+class Frame(NamedTuple):
+    """The fixed tokens of one direction: before and after the condition."""
+
+    prefix: list[int]
+    suffix: list[int]
+
+
+class Rendered(NamedTuple):
+    """One pair in one direction. `example` is None when the pair does not fit (`drop_reason`)."""
+
+    example: Example | None
+    unconditional: Example | None
+    truncated: bool
+    drop_reason: str | None
+
+
+class Prompt:
+    """One template object, bound to a tokenizer; used for training, scoring and generation alike.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        template: see `config.PromptSettings.template`.
+        max_length: longest example, in tokens.
+        excess_length_strategy: `drop`, `truncate` or `raise`.
+        stop_ids: further ids that end a turn (of `generation_config.json`).
+
+    Raises:
+        UserError: the template cannot be used with this tokenizer.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str | dict = "auto",
+        max_length: int = 2048,
+        excess_length_strategy: str = "drop",
+        stop_ids: Sequence[int] = (),
+    ):
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                "the tokenizer has no eos token; set eos_token in tokenizer_config.json"
+            )
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.strategy = excess_length_strategy
+        if template == "auto":
+            template = "chat" if tokenizer.chat_template else "plain"
+        self.end = tokenizer.eos_token_id
+        if template == "chat":
+            self.frames = self._chat_frames()
+        else:
+            self.frames = self._plain_frames(_texts(template))
+        self.stop_ids = tuple(sorted({self.end, tokenizer.eos_token_id, *stop_ids}))
+
+    # ------------------------------------------------------------------------------------- templates
+
+    def _plain_frames(self, texts: dict | None) -> dict[Direction, Frame]:
+        bos = self.tokenizer.bos_token_id
+        first = [self.tokenizer.eos_token_id if bos is None else bos]
+        if texts is None:
+            return {d: Frame(first, []) for d in Direction}
+        return {
+            d: Frame(first + self.encode(texts[d]["before"]), self.encode(texts[d]["after"]))
+            for d in Direction
+        }
+
+    def _chat_frames(self) -> dict[Direction, Frame]:
+        """Renders the chat template around marks and splits there; the template's own BOS is kept."""
+        tokenizer = self.tokenizer
+        if not tokenizer.chat_template:
+            raise UserError(
+                "template `chat`: the tokenizer has no chat template; use `plain` or `none`"
+            )
+        condition, target = "main-jax-condition", "main-jax-target"
+
+        def render(text: str, answer: str | None) -> str:
+            messages = [{"role": "user", "content": text}]
+            messages += [{"role": "assistant", "content": answer}] if answer else []
+            try:
+                return tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=answer is None
+                )
+            except Exception as error:  # jinja2 raises many kinds; all are the template's fault
+                line = " ".join(str(error).split())
+                raise UserError(f"the tokenizer's chat template fails: {line}") from None
+
+        requests = {
+            Direction.FORWARD: condition,
+            Direction.REVERSE: REVERSE_REQUEST.format(condition),
+        }
+        frames = {}
+        for direction, request in requests.items():
+            parts = render(request, None).split(condition)
+            if len(parts) != 2:
+                raise UserError(
+                    "the tokenizer's chat template does not show the user's text just once"
+                )
+            frames[direction] = Frame(self.encode(parts[0]), self.encode(parts[1]))
+            if not frames[direction].prefix + frames[direction].suffix:
+                raise UserError("the tokenizer's chat template is empty around the user's text")
+        tail = render(condition, target).partition(target)[2]
+        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        ends = [i for i in self.encode(tail) if i in special]
+        self.end = ends[0] if ends else tokenizer.eos_token_id
+        return frames
+
+    # ---------------------------------------------------------------------------------------- tokens
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens added."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of many texts at once, which is faster."""
+        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids; special tokens and ids that the tokenizer lacks decode to nothing."""
+        known = [int(i) for i in ids if i < len(self.tokenizer)]
+        return self.tokenizer.decode(known, skip_special_tokens=True)
+
+    # ---------------------------------------------------------------------------------------- pairs
+
+    def render(self, direction: Direction, instruction: list[int], response: list[int]) -> Rendered:
+        """The example of a tokenised pair, conditional and unconditional.
+
+        A pair above `max_length` gets the drop reason `too_long`; under `truncate` the condition is cut
+        first (from its end), then the target, never the end token.
+
+        Raises:
+            UserError: the pair is too long and the strategy is `raise`.
+        """
+        condition, target = direction.sides(instruction, response)
+        prefix, suffix = self.frames[direction]
+        room = self.max_length - len(prefix) - len(suffix) - 1
+        excess = len(condition) + len(target) - room
+        if excess > 0:
+            if self.strategy == "raise":
+                raise UserError(
+                    f"a pair has {self.max_length + excess} tokens ({direction}), more than max_length "
+                    f"{self.max_length}; raise it or set excess_length_strategy to drop or truncate"
+                )
+            if self.strategy == "drop" or room < 1:
+                return Rendered(None, None, False, "too_long")
+            condition = condition[: max(0, len(condition) - excess)]
+            target = target[: room - len(condition)]
+        target = [*target, self.end]
+        conditional = _example([*prefix, *condition, *suffix], target)
+        return Rendered(conditional, _example(prefix + suffix, target), excess > 0, None)
+
+    def question(self, direction: Direction, condition: list[int], limit: int) -> np.ndarray | None:
+        """The prompt that asks for a target: [P] int32, or None when it exceeds `limit` tokens.
+
+        Under `truncate` the condition is cut from its end instead.
+        """
+        prefix, suffix = self.frames[direction]
+        room = limit - len(prefix) - len(suffix)
+        if len(condition) > room:
+            if self.strategy != "truncate" or room < 1:
+                return None
+            condition = condition[:room]
+        return np.asarray([*prefix, *condition, *suffix], np.int32)
+
+    def show(self, direction: Direction, instruction: str, response: str) -> str:
+        """One example for people: every token with its id, the target marked."""
+        example = self.render(direction, self.encode(instruction), self.encode(response)).example
+        if example is None:
+            return f"{direction}: the example does not fit max_length"
+        lines = [
+            f"{direction}: {len(example.tokens)} tokens, {example.is_target.sum()} of them targets"
+        ]
+        for token, is_target in zip(example.tokens, example.is_target, strict=True):
+            text = self.tokenizer.convert_ids_to_tokens(int(token))
+            lines.append(f"  {'target ' if is_target else '       '}{token:>7}  {text!r}")
+        return "\n".join(lines)
+
+
+def _example(condition: list[int], target: list[int]) -> Example:
+    tokens = np.asarray([*condition, *target], np.int32)
+    return Example(tokens, np.arange(len(tokens)) >= len(condition))
+
+
+def _texts(template: str | dict) -> dict | None:
+    """The before/after texts of a template by name, path or value; None for `none`."""
+    if template == "none":
+        return None
+    if template == "plain":
+        return PLAIN
+    source = "prompt.template"
+    if isinstance(template, str):
+        source = template
+        if not (template.startswith(("/", ".", "~")) or Path(template).is_file()):
+            raise UserError(
+                f"template {template!r}: expected auto, chat, plain, none or a YAML file"
+            )
+        path = Path(template).expanduser()
+        if not path.is_file():
+            raise UserError(f"{template}: no such template file")
+        try:
+            template = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+    for direction in Direction:
+        for part in ("before", "after"):
+            try:
+                text = template[direction][part]
+            except (KeyError, TypeError):
+                text = None
+            if not isinstance(text, str):
+                raise UserError(f"{source}: a template needs the text {direction}.{part}")
+    return template

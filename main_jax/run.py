@@ -1,0 +1,234 @@
+"""One run directory: where each stage's files are, and what a stage may ask for.
+
+    RUN/{config.yaml, manifest.json, results.json, stages/NN-name/{data/part-*.parquet, ..., manifest.json}}
+
+A stage is a function `(run, out) -> counts` from files to files. Its manifest records the fingerprint of
+everything it depends on: same fingerprint and done -> skipped; same and unfinished -> continued; another ->
+the old folder is set aside under a new name, never deleted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from etils import epath
+
+from main_jax import __version__
+from main_jax.config import Config
+from main_jax.errors import UserError
+from main_jax.lm.progress import say
+from main_jax.pairs import read_parts, write_json
+
+if TYPE_CHECKING:
+    from main_jax.models import Checkpoint
+    from main_jax.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage: its function, the config sections that change it, and the stages that it reads."""
+
+    name: str
+    number: int
+    function: Callable[[Run, epath.Path], dict[str, int]]
+    sections: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+
+
+class Run:
+    """A configuration and its directory. `stages` are those of `pipeline.STAGES` that apply."""
+
+    def __init__(self, config: Config, stages: tuple[Stage, ...]):
+        self.config = config
+        self.path = epath.Path(config.output_dir).expanduser()
+        self.stages = {stage.name: stage for stage in stages}
+
+    # -------------------------------------------------------------------------------- what stages use
+
+    def directory(self, stage: str) -> epath.Path:
+        """RUN/stages/NN-name."""
+        return self.path / "stages" / f"{self.stages[stage].number:02}-{stage}"
+
+    def rows(self, stage: str, part: str = "") -> list[dict]:
+        """The rows that a stage has written (of its table `part`, where it has several)."""
+        return read_parts(self.directory(stage) / "data" / part).to_pylist()
+
+    @property
+    def world(self) -> bool:
+        """Whether model and data are the embedded world's."""
+        return self.config.world is not None
+
+    def input_path(self, name: str) -> str:
+        """The path of `model`, `seed` or `responses`: the world's, else the user's."""
+        if self.world:
+            files = {"model": "base", "seed": "seed.jsonl", "responses": "responses.jsonl"}
+            return str(self.directory("world") / files[name])
+        data = self.config.data
+        paths = {
+            "model": self.config.model_name_or_path,
+            "seed": data.seed_path,
+            "responses": data.responses_path,
+        }
+        return str(epath.Path(paths[name] or "").expanduser())
+
+    @cached_property
+    def base(self) -> Checkpoint:
+        """The base model's checkpoint."""
+        from main_jax.models import open_checkpoint
+
+        return open_checkpoint(self.input_path("model"), self.config.runtime)
+
+    @cached_property
+    def prompt(self) -> Prompt:
+        """The one template of the run."""
+        settings = self.config.prompt
+        return self.base.prompt(
+            settings.template, settings.max_length, settings.excess_length_strategy
+        )
+
+    # -------------------------------------------------------------------------------- running stages
+
+    def execute(self, name: str) -> None:
+        """Runs one stage, or says that it is done. Raises UserError when an earlier one is missing."""
+        stage, directory = self.stages[name], self.directory(name)
+        for needed in stage.needs:
+            manifest = self._manifest(needed)
+            if manifest.get("status") != "done" or manifest["fingerprint"] != self.fingerprint(
+                needed
+            ):
+                raise UserError(
+                    f"stage {name} needs stage {needed}, which is not done for this configuration; "
+                    f"run `main-jax {needed} CONFIG` or `main-jax run CONFIG` first"
+                )
+        fingerprint, old = self.fingerprint(name), self._manifest(name)
+        if old and old["fingerprint"] != fingerprint:
+            aside = _free_name(directory)
+            directory.rename(aside)
+            say(f"{name}: configuration or inputs changed; the old results are kept in {aside}")
+            old = {}
+        if old.get("status") == "done":
+            say(f"{name}: done before, kept")
+            return
+        say(f"{name}: {'continues' if old else 'starts'}")
+        manifest = {
+            "stage": name,
+            "status": "running",
+            "fingerprint": fingerprint,
+            "config": self._sections(stage),
+            "inputs": self._inputs(stage),
+            "versions": versions(),
+            "seconds": old.get("seconds", 0.0),
+        }
+        write_json(directory / "manifest.json", manifest)
+        start = time.monotonic()
+        counts = stage.function(self, directory)
+        seconds = round(manifest["seconds"] + time.monotonic() - start, 2)
+        manifest |= {"status": "done", "counts": counts, "seconds": seconds}
+        write_json(directory / "manifest.json", manifest)
+        shown = ", ".join(f"{n:,} {key.replace('_', ' ')}" for key, n in counts.items())
+        say(f"{name}: done in {seconds:.0f} s{': ' if shown else ''}{shown}")
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of every stage that is done."""
+        done = {name: self._manifest(name) for name in self.stages}
+        return {name: m["seconds"] for name, m in done.items() if m.get("status") == "done"}
+
+    def fingerprint(self, name: str) -> str:
+        """A digest of everything that the stage's result depends on, upstream included."""
+        stage = self.stages[name]
+        parts = {
+            "stage": name,
+            "config": self._sections(stage),
+            "files": self._files(stage),
+            "needs": {needed: self.fingerprint(needed) for needed in stage.needs},
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _sections(self, stage: Stage) -> dict[str, Any]:
+        values = self.config.as_dict()
+        runtime = {k: v for k, v in values["runtime"].items() if k != "compile_cache"}
+        sections = {name: values[name] for name in stage.sections}
+        if "data" in sections:  # the files count by their content, not by their names
+            sections["data"] = {
+                k: v for k, v in sections["data"].items() if not k.endswith("_path")
+            }
+        return sections | {"seed": self.config.seed, "runtime": runtime}
+
+    def _files(self, stage: Stage) -> dict[str, str]:
+        """Digests of the user's own files, which only the first stage reads."""
+        if self.world or stage.name != "prepare":
+            return {}
+        return self._file_digests
+
+    @cached_property
+    def _file_digests(self) -> dict[str, str]:
+        return {
+            name: digest(epath.Path(self.input_path(name)))
+            for name in ("model", "seed", "responses")
+        }
+
+    def _inputs(self, stage: Stage) -> dict[str, str]:
+        """Digests of what the stage reads: the user's files, and the tables of the stages before."""
+        tables = {needed: self.directory(needed) / "data" for needed in stage.needs}
+        return self._files(stage) | {n: digest(t) for n, t in tables.items() if t.exists()}
+
+    def _manifest(self, name: str) -> dict[str, Any]:
+        path = self.directory(name) / "manifest.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+
+def derive_seed(seed: int, purpose: str) -> int:
+    """A 32-bit seed of its own for every purpose."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{purpose}".encode()).digest()[:4], "big")
+
+
+def digest(path: epath.Path) -> str:
+    """sha256 of a file, or of a folder's files with their names.
+
+    Of a file above 64 MiB (weights) only the size, the first and last MiB and one MiB in sixteen evenly
+    spaced places are read.
+    """
+    found = hashlib.sha256()
+    files = sorted(files_below(path))
+    for file in files:
+        size = file.stat().length
+        name = "" if file == path else str(file.relative_to(path))
+        found.update(f"{name}\0{size}\0".encode())
+        block = 1 << 20
+        with file.open("rb") as handle:
+            if size <= 64 * block:
+                found.update(handle.read())
+                continue
+            for i in range(18):
+                handle.seek((size - block) * i // 17)
+                found.update(handle.read(block))
+    return found.hexdigest()
+
+
+def files_below(path: epath.Path) -> list[epath.Path]:
+    """The file itself, or all files of a folder; object stores do not list recursively."""
+    if not path.is_dir():
+        return [path] if path.exists() else []
+    return [file for child in path.iterdir() for file in files_below(child)]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes the results."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+    found = {package: version(package) for package in packages}
+    return {"main_jax": __version__, "python": platform.python_version()} | found
+
+
+def _free_name(directory: epath.Path) -> epath.Path:
+    n = 1
+    while (name := directory.parent / f"{directory.name}.old-{n}").exists():
+        n += 1
+    return name

@@ -1,0 +1,84 @@
+"""Step 3a: the bidirectional scorer. Every pair gets four sums and two counts.
+
+    forward_nll_sum       of R given I, by the forward model      } over forward_tokens
+    response_nll_sum      of R alone,   by the forward model      }
+    reverse_nll_sum       of I given R, by the reverse model      } over reverse_tokens
+    instruction_nll_sum   of I alone,   by the reverse model      }
+
+All sums are nats over the target and its end token. Examples of both kinds are packed into batches of one
+shape and go through one jitted function, `lm.loss.example_nll`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from main_jax.lm.batches import Example, pack_table
+from main_jax.lm.loss import example_nll
+from main_jax.models import LanguageModel
+from main_jax.pairs import joined_instruction
+from main_jax.prompts import Direction, Prompt
+
+
+def nll_sums(model: LanguageModel, examples: Sequence[Example], limit: int, budget: int) -> tuple:
+    """([N] float64 sums in nats, [N] int counts) of N examples, in their order."""
+    sums, counts = np.zeros(len(examples)), np.zeros(len(examples), int)
+    for indices, batch in pack_table(examples, budget, limit):
+        batch_sums, batch_counts = jax.device_get(example_nll(model.decoder, model.params, batch))
+        sums[indices] = batch_sums[: len(indices)]
+        counts[indices] = batch_counts[: len(indices)]
+    return sums, counts
+
+
+def hard_drop(row: dict) -> str | None:
+    """Why a row cannot be scored whatever the model, or None."""
+    if row.get("drop_reason"):
+        return row["drop_reason"]
+    if not joined_instruction(row).strip():
+        return "empty_instruction"
+    return None if (row.get("response") or "").strip() else "empty_response"
+
+
+def score_rows(
+    rows: Sequence[dict],
+    forward: tuple[LanguageModel, Prompt],
+    reverse: tuple[LanguageModel, Prompt],
+    budget: int,
+) -> list[dict]:
+    """The rows with their NLLs, counts, `keep`, `drop_reason` and `truncated`; same order.
+
+    A row that is empty or does not fit in both directions keeps null NLLs, `keep = false` and its
+    reason.
+    """
+    scored = [row | {"drop_reason": hard_drop(row), "truncated": False} for row in rows]
+    sides = {Direction.FORWARD: forward, Direction.REVERSE: reverse}
+    examples: dict[Direction, list] = {d: [] for d in Direction}
+    members = []
+    texts = [t for row in scored for t in (joined_instruction(row), row.get("response") or "")]
+    tokens = {d: prompt.encode_all(texts) for d, (_, prompt) in sides.items()}
+    for i, row in enumerate(scored):
+        if row["drop_reason"]:
+            continue
+        rendered = {
+            d: prompt.render(d, tokens[d][2 * i], tokens[d][2 * i + 1])
+            for d, (_, prompt) in sides.items()
+        }
+        row["drop_reason"] = next((r.drop_reason for r in rendered.values() if r.drop_reason), None)
+        if row["drop_reason"]:
+            continue
+        row["truncated"] = any(r.truncated for r in rendered.values())
+        members.append(row)
+        for d, r in rendered.items():
+            examples[d] += [r.example, r.unconditional]
+    for d, (model, prompt) in sides.items():
+        sums, counts = nll_sums(model, examples[d], prompt.max_length, budget)
+        _, alone = d.sides("instruction", "response")
+        for j, row in enumerate(members):
+            row[f"{d}_nll_sum"], row[f"{d}_tokens"] = float(sums[2 * j]), int(counts[2 * j])
+            row[f"{alone}_nll_sum"] = float(sums[2 * j + 1])
+    for row in scored:
+        row["keep"] = row["drop_reason"] is None
+    return scored

@@ -1,0 +1,133 @@
+"""`score` and `generate` outside a run: any checkpoint, any file, the same rows in the same order out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from etils import epath
+
+from main_jax import pairs
+from main_jax.augment import complete
+from main_jax.config import Runtime
+from main_jax.errors import UserError
+from main_jax.filter import score_columns
+from main_jax.lm.generate import Sampling
+from main_jax.lm.progress import say, track
+from main_jax.models import Checkpoint, check_directory, open_checkpoint
+from main_jax.pipeline import check_file, check_output, check_room
+from main_jax.prompts import Direction
+from main_jax.score import score_rows
+
+CHUNK_ROWS = 1024
+
+
+def score_file(
+    forward_model: str,
+    reverse_model: str | None,
+    data: str,
+    output: str,
+    *,
+    template: str = "auto",
+    max_length: int | None = None,
+    excess_length_strategy: str = "drop",
+    tokens_per_batch: int = 8192,
+    seed: int = 0,
+) -> None:
+    """Writes `data` with the NLLs in both directions and every filter score.
+
+    Without `reverse_model` the forward model serves both directions. Raises UserError, one line.
+    """
+    _check_paths(data, output, forward_model=forward_model, reverse_model=reverse_model)
+    paths = (forward_model, reverse_model or forward_model)
+    opened: dict[str, Checkpoint] = {}
+    for path in paths:
+        opened.setdefault(path, open_checkpoint(check_directory(path, "model"), Runtime()))
+    templates = {}
+    for path, checkpoint in opened.items():
+        limit = max_length or min(2048, checkpoint.decoder.config.max_position_embeddings)
+        templates[path] = checkpoint.prompt(template, limit, excess_length_strategy)
+    rows = pairs.read_pairs(data)
+    check_room(output, 4 * epath.Path(data).stat().length + 1_000_000, "the output")
+    loaded = {path: (checkpoint.model(), templates[path]) for path, checkpoint in opened.items()}
+    forward, reverse = (loaded[path] for path in paths)
+    scored: list[dict] = []
+    with track("score", len(rows), "pairs") as bar:
+        for chunk in pairs.chunks(rows, CHUNK_ROWS):
+            scored += score_rows(chunk, forward, reverse, tokens_per_batch)
+            bar.advance(len(chunk))
+    table = pairs.table_of([{k: row.get(k) for k in pairs.COLUMNS} for row in scored])
+    for name, values in score_columns(table, seed).items():
+        table = table.append_column(name, pa.array(values, mask=np.isnan(values)))
+    pairs.write_table(output, table)
+    dropped = sum(not row["keep"] for row in scored)
+    say(f"{output}: {len(scored):,} rows, {dropped:,} of them without scores (see drop_reason)")
+
+
+def generate_file(
+    model: str,
+    prompts: str,
+    output: str,
+    *,
+    template: str = "auto",
+    direction: Direction = Direction.FORWARD,
+    sampling: Sampling,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> None:
+    """Writes the rows of `prompts` with `completion` and `finish_reason`.
+
+    A prompt longer than `max_position_embeddings − max_new_tokens` has a null completion and the finish
+    reason `too_long`, an empty one `empty_prompt`. Raises UserError, one line.
+    """
+    _check_paths(prompts, output, model=model)
+    checkpoint = open_checkpoint(check_directory(model, "model"), Runtime())
+    positions = checkpoint.decoder.config.max_position_embeddings
+    if sampling.max_new_tokens >= positions:
+        raise UserError(
+            f"max_new_tokens {sampling.max_new_tokens} leaves no room for a prompt; "
+            f"the model has {positions} positions"
+        )
+    prompt = checkpoint.prompt(template, positions)
+    forward = direction is Direction.FORWARD
+    rows = (pairs.read_instructions if forward else pairs.read_responses)(prompts)
+    check_room(output, 4 * epath.Path(prompts).stat().length + 1_000_000, "the output")
+    loaded = checkpoint.model()
+    columns: list[dict] = []
+    with track("generate", len(rows), "rows") as bar:
+        for chunk in pairs.chunks(rows, CHUNK_ROWS):
+            completions = complete(
+                chunk, direction, loaded, prompt, sampling,
+                seed=seed, batch_size=batch_size, on_done=bar.advance,
+            )  # fmt: skip
+            columns += [
+                row["raw"] | {"completion": c.text, "finish_reason": c.finish_reason}
+                for row, c in zip(chunk, completions, strict=True)
+            ]
+    names = dict.fromkeys(name for row in columns for name in row)
+    write_rows(output, [{name: row.get(name) for name in names} for row in columns])
+    say(f"{output}: {len(columns):,} rows")
+
+
+def write_rows(output: str, rows: Sequence[dict]) -> None:
+    """Writes rows that may carry any columns of the user's own."""
+    try:
+        table = pa.Table.from_pylist(list(rows))
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{output}: columns of mixed types cannot be written: {error}") from None
+    pairs.write_table(output, table)
+
+
+def _check_paths(data: str, output: str, **models: str | None) -> None:
+    """First the paths, in the order of the arguments; the first fault is reported."""
+    for name, path in models.items():
+        if path is not None:
+            check_directory(path, f"--{name.replace('_', '-')}")
+    check_file(data, "--data" if "forward_model" in models else "--prompts")
+    if Path(output).is_dir():
+        raise UserError(f"--output: {output}: is a directory, expected a .jsonl or .parquet file")
+    if Path(output).suffix not in (".jsonl", ".parquet"):
+        raise UserError(f"--output: {output}: expected a name that ends in .jsonl or .parquet")
+    check_output(Path(output).parent, "--output")

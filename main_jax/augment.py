@@ -42,22 +42,23 @@ def complete(
     limit = model.decoder.config.max_position_embeddings - sampling.max_new_tokens
     texts = [direction.sides(joined_instruction(r), r.get("response") or "")[0] for r in rows]
     prompts = [prompt.question(direction, ids, limit) for ids in prompt.encode_all(texts)]
-    results: list[Completion | None] = []
-    for row, text, tokens in zip(rows, texts, prompts, strict=True):
-        reason = row.get("drop_reason")
-        reason = reason or (None if text.strip() else f"empty_{given}")
-        reason = reason or ("too_long" if tokens is None else None)
-        results.append(Completion(None, reason) if reason else None)
-    open_rows = [i for i, result in enumerate(results) if result is None]
-    on_done(len(rows) - len(open_rows))
+    results: dict[int, Completion] = {}
+    asked = []
+    for i, (row, text, tokens) in enumerate(zip(rows, texts, prompts, strict=True)):
+        reason = row.get("drop_reason") or (None if text.strip() else f"empty_{given}")
+        if reason or tokens is None:
+            results[i] = Completion(None, reason or "too_long")
+        else:
+            asked.append((i, tokens))
+    on_done(len(results))
     generated = generate(
-        model.decoder, model.params, [prompts[i] for i in open_rows],
-        [rows[i]["id"] for i in open_rows], sampling,
+        model.decoder, model.params, [tokens for _, tokens in asked],
+        [rows[i]["id"] for i, _ in asked], sampling,
         stop_ids=prompt.stop_ids, seed=seed, batch_size=batch_size, on_done=on_done,
     )  # fmt: skip
-    for i, generation in zip(open_rows, generated, strict=True):
+    for (i, _), generation in zip(asked, generated, strict=True):
         results[i] = Completion(prompt.decode(generation.tokens), generation.finish_reason)
-    return [result for result in results if result is not None]
+    return [results[i] for i in range(len(rows))]
 
 
 def write_side(

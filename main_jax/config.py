@@ -274,7 +274,7 @@ def _set(values: dict, key: str, value: Any) -> None:
     at[last] = value
 
 
-def _build(cls: type, values: Any, path: str) -> Any:
+def _build(cls: Any, values: Any, path: str) -> Any:
     """An instance of the dataclass `cls` from a mapping; raises ValueError naming the dotted key."""
     if not isinstance(values, dict):
         raise ValueError(f"{path.rstrip('.')}: expected a section with keys, found {values!r}")
@@ -306,7 +306,8 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         for choice in choices[:-1]:
             if isinstance(choice, type) and isinstance(value, choice):
                 return value
-        return _convert(value, choices[-1] if not isinstance(value, str) else choices[0], key)
+        fallback = choices[0] if isinstance(value, str) else choices[-1]
+        return _convert(value, fallback, key)
     if origin is Literal:
         if value not in arguments:
             near = _nearest(str(value), [str(a) for a in arguments])
@@ -322,7 +323,9 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
             return float(value)  # YAML reads 1e-5, without a dot, as text
         except ValueError:
             pass
-    elif (hint is dict and isinstance(value, dict)) or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
+    elif (hint is dict and isinstance(value, dict)) or (
+        isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+    ):
         return value
     expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     raise ValueError(f"{key}: expected {expected.get(hint, hint.__name__)}, found {value!r}")

@@ -50,8 +50,9 @@ def _held_out(run: Run) -> dict[str, Any]:
             "validation_nll_nats_per_token": nll(finetuned(run, arm)),
         }
     reasons = Counter(row["drop_reason"] or "kept" for row in scored)
-    results["pairs"] = {"seed": len(run.rows("prepare", "seed")), "validation": len(examples)}
-    results["pairs"] |= {
+    results["pairs"] = {
+        "seed": len(run.rows("prepare", "seed")),
+        "validation": len(examples),
         "augmented": len(scored),
         "augmented_by_reason": dict(sorted(reasons.items())),
     }

@@ -188,7 +188,8 @@ def with_filter(table: pa.Table, name: str, how: str, amount: float, seed: int) 
         table = _set_column(table, column, field)
     pool, kept = pool_of(table), keep_by(table, name, how, amount)
     reasons = np.asarray(table["drop_reason"].to_pylist(), object)
-    reasons[pool] = np.where(kept[pool], None, f"{CUT}{name}")
+    reasons[pool] = None
+    reasons[pool & ~kept] = f"{CUT}{name}"
     table = _set_column(table, "keep", pa.array(kept))
     return _set_column(table, "drop_reason", pa.array(reasons, pa.string()))
 

@@ -210,8 +210,9 @@ def _assign_ids(rows: list[dict], path: str) -> None:
             row["id"] = f"{digest}-{seen[digest]}" if seen[digest] else digest
             seen[digest] += 1
         if row["id"] in taken:
+            earlier = taken[row["id"]]
             raise UserError(
-                f"{path}, row {row['row_number']}, id: {row['id']!r} was already given in row {taken[row['id']]}"
+                f"{path}, row {row['row_number']}, id: {row['id']!r} was already given in row {earlier}"
             )
         taken[row["id"]] = row["row_number"]
 
@@ -219,7 +220,7 @@ def _assign_ids(rows: list[dict], path: str) -> None:
 # ---------------------------------------------------------------------------------------------- writing
 
 
-def write_atomically(path: epath.PathLike, write: Callable[[epath.Path], None]) -> None:
+def write_atomically(path: epath.PathLike, write: Callable[[epath.Path], Any]) -> None:
     """Calls `write` with a temporary name beside `path`, then renames."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import yaml
 from etils import epath
 
@@ -24,11 +23,12 @@ from main_jax.errors import UserError
 from main_jax.evaluate import evaluate
 from main_jax.filter import with_filter
 from main_jax.finetune import arms, finetune
-from main_jax.lm.progress import say, track
+from main_jax.lm.progress import track
 from main_jax.models import LanguageModel, check_directory
+from main_jax.prepare import prepare
 from main_jax.prompts import Direction
 from main_jax.run import Run, Stage, derive_seed, files_below, versions
-from main_jax.score import hard_drop, score_rows
+from main_jax.score import score_rows
 
 # ------------------------------------------------------------------------------------------- stages
 
@@ -38,44 +38,6 @@ def build_world(run: Run, out: epath.Path) -> dict[str, int]:
     from main_jax.world.build import build
 
     return build(run, out)
-
-
-def prepare(run: Run, out: epath.Path) -> dict[str, int]:
-    """Reads and checks both files; drops with a reason what cannot be used; holds out validation pairs."""
-    prompt = run.prompt
-    seed, responses = run.input_path("seed"), run.input_path("responses")
-    seed_rows = [_clean(r, origin="seed", round=0) for r in pairs.read_pairs(seed)]
-    response_rows = [_clean(r, origin="augmented") for r in pairs.read_responses(responses)]
-    for row, ids in _tokenised(seed_rows, prompt):
-        row["drop_reason"] = hard_drop(row)
-        for direction in Direction:
-            rendered = prompt.render(direction, *ids)
-            row["drop_reason"] = row["drop_reason"] or rendered.drop_reason
-            row["truncated"] = row.get("truncated", False) or rendered.truncated
-    for row, ids in _tokenised(response_rows, prompt):
-        rendered = prompt.render(Direction.FORWARD, [], ids[1])
-        empty = None if (row["response"] or "").strip() else "empty_response"
-        row |= {"drop_reason": empty or rendered.drop_reason, "truncated": rendered.truncated}
-    counts: dict[str, int] = {}
-    for name, path, rows in (("seed", seed, seed_rows), ("responses", responses, response_rows)):
-        counts |= _check_drops(name, path, rows, run.config.data.max_drop_share)
-    usable = [row for row in seed_rows if not row["drop_reason"]]
-    held_out = _held_out(usable, run.config.data.validation_share, run.config.seed)
-    tables = {
-        "seed": [row for row in seed_rows if row["id"] not in held_out],
-        "validation": [row for row in usable if row["id"] in held_out],
-        "responses": response_rows,
-    }
-    if all(row["drop_reason"] for row in tables["seed"]):
-        raise UserError("data.validation_share leaves no seed pair to train on")
-    for name, rows in tables.items():
-        pairs.map_chunks(
-            rows, out / "data" / name, run.config.runtime.chunk_rows, lambda chunk: list(chunk)
-        )
-    first = next(row for row in tables["seed"] if not row["drop_reason"])
-    shown = [prompt.show(d, pairs.joined_instruction(first), first["response"]) for d in Direction]
-    pairs.write_atomically(out / "example.txt", lambda p: p.write_text("\n\n".join(shown) + "\n"))
-    return counts | {"validation_pairs": len(tables["validation"])}
 
 
 def augment(run: Run, out: epath.Path) -> dict[str, int]:
@@ -241,37 +203,6 @@ def _check_room(run: Run) -> None:
 
 
 # ------------------------------------------------------------------------------------------- helpers
-
-
-def _clean(row: dict, **fields: Any) -> dict:
-    return {k: v for k, v in row.items() if k in pairs.COLUMNS} | fields
-
-
-def _tokenised(rows: Sequence[dict], prompt) -> list[tuple[dict, tuple[list[int], list[int]]]]:
-    instructions = prompt.encode_all([pairs.joined_instruction(r) for r in rows])
-    responses = prompt.encode_all([r.get("response") or "" for r in rows])
-    return list(zip(rows, zip(instructions, responses, strict=True), strict=True))
-
-
-def _check_drops(name: str, path: str, rows: Sequence[dict], limit: float) -> dict[str, int]:
-    reasons = Counter(row["drop_reason"] for row in rows if row["drop_reason"])
-    listed = ", ".join(f"{reason} {n:,}" for reason, n in sorted(reasons.items()))
-    dropped = sum(reasons.values())
-    if dropped == len(rows):
-        raise UserError(f"{path}: no usable row is left of {len(rows):,} ({listed})")
-    if dropped > limit * len(rows):
-        raise UserError(
-            f"{path}: {dropped:,} of {len(rows):,} rows cannot be used ({listed}), more than "
-            f"data.max_drop_share {limit:g} allows"
-        )
-    if dropped:
-        say(f"{path}: {dropped:,} of {len(rows):,} rows dropped ({listed})")
-    return {name: len(rows) - dropped} | {f"{name}_{r}": n for r, n in sorted(reasons.items())}
-
-
-def _held_out(rows: Sequence[dict], share: float, seed: int) -> set[str]:
-    order = np.random.default_rng(derive_seed(seed, "validation")).permutation(len(rows))
-    return {rows[i]["id"] for i in order[: int(share * len(rows) + 0.5)]}
 
 
 def _reasons(rows: Sequence[dict], name: str) -> dict[str, int]:

@@ -12,7 +12,7 @@ The *unconditional* example has the same fixed parts and target, and an empty co
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,7 +160,7 @@ class Prompt:
         """`encode` of many texts at once, which is faster."""
         return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids; special tokens and ids that the tokenizer lacks decode to nothing."""
         known = [int(i) for i in ids if i < len(self.tokenizer)]
         return self.tokenizer.decode(known, skip_special_tokens=True)

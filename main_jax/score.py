@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from main_jax.errors import UserError
 from main_jax.lm.batches import Example, pack_table
 from main_jax.lm.loss import example_nll
 from main_jax.models import LanguageModel
@@ -57,15 +58,19 @@ def score_rows(
     sides = {Direction.FORWARD: forward, Direction.REVERSE: reverse}
     examples: dict[Direction, list] = {d: [] for d in Direction}
     members = []
-    texts = [t for row in scored for t in (joined_instruction(row), row.get("response") or "")]
+    texts = [text for row in rows for text in (joined_instruction(row), row.get("response") or "")]
     tokens = {d: prompt.encode_all(texts) for d, (_, prompt) in sides.items()}
     for i, row in enumerate(scored):
         if row["drop_reason"]:
             continue
-        rendered = {
-            d: prompt.render(d, tokens[d][2 * i], tokens[d][2 * i + 1])
-            for d, (_, prompt) in sides.items()
-        }
+        try:
+            rendered = {
+                d: prompt.render(d, tokens[d][2 * i], tokens[d][2 * i + 1])
+                for d, (_, prompt) in sides.items()
+            }
+        except UserError as error:  # excess_length_strategy: raise
+            place = f"row {row['row_number']}" if "row_number" in row else f"pair {row['id']}"
+            raise UserError(f"{row.get('source')}, {place}: {error}") from None
         row["drop_reason"] = next((r.drop_reason for r in rendered.values() if r.drop_reason), None)
         if row["drop_reason"]:
             continue

@@ -55,7 +55,7 @@ class Checkpoints:
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state of `step`; `like` gives shapes, dtypes and placement."""
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        parts = self._manager.restore(
+        parts: Any = self._manager.restore(
             step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardRestore(abstract.params),
@@ -69,7 +69,8 @@ class Checkpoints:
         """The parameters of `step` alone."""
         abstract = jax.eval_shape(decoder.init, jax.random.key(0))
         args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
-        return self._manager.restore(step, args=args).params
+        parts: Any = self._manager.restore(step, args=args)
+        return parts.params
 
 
 def load_params(directory: epath.PathLike, decoder: Decoder) -> Any:

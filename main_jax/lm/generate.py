@@ -187,7 +187,7 @@ def generate(
                     decoder=decoder,
                     sampling=sampling,
                     stop_ids=tuple(stop_ids),
-                )  # fmt: skip
+                )
             )
             for row, i in enumerate(chosen):
                 reason = "stop" if stopped[row] else "length"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 PLAIN_INTERVAL_S = 10.0
@@ -72,15 +72,16 @@ class _Bar:
     def advance(self, n: int = 1, note: str = "") -> None:
         task = self.bar.tasks[0]
         speed = (task.completed + n - self.first) / max(time.monotonic() - self.begin, 1e-9)
-        fields = {"rate": f"{speed:,.1f}/s"} | ({"note": note} if note else {})
-        self.bar.update(self.task, advance=n, **fields)
+        self.bar.update(
+            self.task, advance=n, rate=f"{speed:,.1f}/s", note=note or task.fields["note"]
+        )
 
     def close(self) -> None:
         self.bar.stop()
 
 
 @contextmanager
-def track(label: str, total: int, unit: str, done: int = 0) -> Iterator[_Lines | _Bar]:
+def track(label: str, total: int, unit: str, done: int = 0) -> Generator[_Lines | _Bar]:
     """Yields something with `advance(n=1, note="")`; `done` is what an earlier run had finished."""
     bar = (_Bar if sys.stderr.isatty() else _Lines)(label, total, unit, done)
     try:

@@ -145,7 +145,9 @@ def fit(
             packing=settings.packing,
             shape=shape,
         )
-        optimizer, schedule = settings.optimizer(), settings.schedule(steps)
+        optimizer = settings.optimizer()
+        rates = settings.schedule(steps)(jnp.arange(steps))
+        rates = np.broadcast_to(np.asarray(rates, np.float32), steps)
         if start:
             like = jax.eval_shape(
                 lambda: init_state(decoder.init(jax.random.key(0)), optimizer, weighting)
@@ -159,11 +161,11 @@ def fit(
                 batch = jax.device_put(stream.batch(step))
                 share = progress(step) if progress else step / steps
                 state, metrics = train_step(
-                    state, batch, jnp.float32(schedule(step)), jnp.float32(share),
+                    state, batch, rates[step], np.float32(share),
                     decoder=decoder, optimizer=optimizer, weighting=weighting,
                 )  # fmt: skip
                 done = step + 1
-                log.add(done, metrics | {"learning_rate": float(schedule(step))})
+                log.add(done, metrics | {"learning_rate": rates[step]})
                 note = ""
                 if done % settings.logging_steps == 0 or done % settings.save_steps == 0:
                     note = f"loss {log.flush(label):.3f}"

@@ -1,0 +1,45 @@
+# Two commands are all the set-up there is:  make demo   and   make test
+# Another interpreter: PYTHON=python3.12 make test. Another world: make demo SEED=1.
+PYTHON ?= python3
+VENV ?= .venv
+SEED ?= 0
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
+
+.PHONY: demo test test-slow lint format torch clean
+
+demo: $(INSTALLED)
+	$(BIN)/main-jax run configs/demo.yaml --output_dir runs/demo --seed $(SEED)
+
+test: $(INSTALLED_DEV)
+	$(BIN)/python -m pytest -m "not slow" -n 2
+
+test-slow: $(INSTALLED_DEV)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(INSTALLED_DEV)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/ty check --python $(VENV)
+
+format: $(INSTALLED_DEV)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# PyTorch is not a dependency: with it installed, the tests also compare with transformers on PyTorch, live.
+torch: $(INSTALLED_DEV)
+	$(BIN)/python -m pip install torch==2.13.0
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("main_jax needs Python 3.11 or newer; say PYTHON=python3.12 make ...") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -e . -c constraints.txt
+	touch $@
+
+$(INSTALLED_DEV): $(INSTALLED)
+	$(BIN)/python -m pip install -e '.[dev]' -c constraints.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) dist .pytest_cache .ruff_cache

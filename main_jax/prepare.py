@@ -1,0 +1,92 @@
+"""Before step 1: the user's files are read, checked and brought into the pair table.
+
+Nothing leaves the table silently: a row that cannot be used keeps its `drop_reason` (`empty_instruction`,
+`empty_response`, `too_long`), and above `data.max_drop_share` the run refuses to go on.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+
+from main_jax import pairs
+from main_jax.errors import UserError
+from main_jax.lm.progress import say
+from main_jax.prompts import Direction, Prompt
+from main_jax.run import Run, derive_seed
+from main_jax.score import hard_drop
+
+
+def prepare(run: Run, out: epath.Path) -> dict[str, int]:
+    """Writes the tables `seed`, `validation` (held-out seed pairs) and `responses`, and `example.txt`."""
+    prompt, data = run.prompt, run.config.data
+    seed_path, responses_path = run.input_path("seed"), run.input_path("responses")
+    seed = pairs.read_pairs(seed_path)
+    responses = pairs.read_responses(responses_path)
+    _mark(seed, seed_path, prompt, tuple(Direction))
+    # The instruction is yet to be written, so a response can only be too long by itself.
+    _mark(responses, responses_path, prompt, (Direction.FORWARD,))
+    counts = _check_drops("seed", seed_path, seed, data.max_drop_share)
+    counts |= _check_drops("responses", responses_path, responses, data.max_drop_share)
+    usable = [row for row in seed if not row["drop_reason"]]
+    held_out = _held_out(usable, data.validation_share, run.config.seed)
+    tables = {
+        "seed": [row for row in seed if row["id"] not in held_out],
+        "validation": [row for row in usable if row["id"] in held_out],
+        "responses": responses,
+    }
+    first = next((row for row in tables["seed"] if not row["drop_reason"]), None)
+    if first is None:
+        raise UserError("data.validation_share leaves no seed pair to train on")
+    for name, rows in tables.items():
+        origin = "augmented" if name == "responses" else "seed"
+        rows = [
+            {k: row.get(k) for k in pairs.COLUMNS} | {"origin": origin, "round": 0} for row in rows
+        ]
+        pairs.map_chunks(rows, out / "data" / name, run.config.runtime.chunk_rows, list)
+    shown = [prompt.show(d, pairs.joined_instruction(first), first["response"]) for d in Direction]
+    pairs.write_atomically(out / "example.txt", lambda p: p.write_text("\n\n".join(shown) + "\n"))
+    return counts | {"validation_pairs": len(tables["validation"])}
+
+
+def _mark(
+    rows: Sequence[dict], path: str, prompt: Prompt, directions: tuple[Direction, ...]
+) -> None:
+    """Sets `drop_reason` and `truncated` of every row."""
+    instructions = prompt.encode_all([pairs.joined_instruction(r) for r in rows])
+    responses = prompt.encode_all([r.get("response") or "" for r in rows])
+    for row, instruction, response in zip(rows, instructions, responses, strict=True):
+        both = len(directions) > 1
+        empty = hard_drop(row if both else row | {"instruction": "to be written"})
+        try:
+            rendered = [prompt.render(d, instruction, response) for d in directions]
+        except UserError as error:
+            raise UserError(f"{path}, row {row['row_number']}: {error}") from None
+        reasons = [empty, *(r.drop_reason for r in rendered)]
+        row["drop_reason"] = next((r for r in reasons if r), None)
+        row["truncated"] = any(r.truncated for r in rendered)
+
+
+def _check_drops(name: str, path: str, rows: Sequence[dict], limit: float) -> dict[str, int]:
+    """Counts by reason. Raises UserError when too much, or everything, was dropped."""
+    reasons = Counter(row["drop_reason"] for row in rows if row["drop_reason"])
+    listed = ", ".join(f"{reason} {n:,}" for reason, n in sorted(reasons.items()))
+    dropped = sum(reasons.values())
+    if dropped == len(rows):
+        raise UserError(f"{path}: no usable row is left of {len(rows):,} ({listed})")
+    if dropped > limit * len(rows):
+        raise UserError(
+            f"{path}: {dropped:,} of {len(rows):,} rows cannot be used ({listed}), more than "
+            f"data.max_drop_share {limit:g} allows"
+        )
+    if dropped:
+        say(f"{path}: {dropped:,} of {len(rows):,} rows dropped ({listed})")
+    return {name: len(rows) - dropped} | {f"{name}_{r}": n for r, n in sorted(reasons.items())}
+
+
+def _held_out(rows: Sequence[dict], share: float, seed: int) -> set[str]:
+    order = np.random.default_rng(derive_seed(seed, "validation")).permutation(len(rows))
+    return {rows[i]["id"] for i in order[: int(share * len(rows) + 0.5)]}

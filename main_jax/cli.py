@@ -32,6 +32,13 @@ STAGES = {
 }
 
 
+FILE_OPTIONS = (
+    "forward_model", "reverse_model", "data", "output", "template", "max_length",
+    "excess_length_strategy", "tokens_per_batch",
+)  # fmt: skip
+"""Of `score`: they belong to a file of one's own; a run has its configuration."""
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
@@ -87,13 +94,13 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument(
         "--output", metavar="FILE", help="JSONL or Parquet: the same rows, with scores"
     )
-    score.add_argument("--template", default="auto", help="auto, chat, plain, none or a YAML file")
+    score.add_argument("--template", help="auto (default), chat, plain, none or a YAML file")
     score.add_argument("--max-length", type=int, metavar="N", help="longest example, in tokens")
     score.add_argument(
-        "--excess-length-strategy", choices=("drop", "truncate", "raise"), default="drop"
+        "--excess-length-strategy", choices=("drop", "truncate", "raise"), help="default: drop"
     )
     score.add_argument(
-        "--tokens-per-batch", type=int, default=8192, metavar="N", help="padded tokens at once"
+        "--tokens-per-batch", type=int, metavar="N", help="padded tokens at once (8192)"
     )
 
     generate = verb(
@@ -168,9 +175,9 @@ def score_file(arguments: argparse.Namespace) -> None:
     initialize()
     tools.score_file(
         arguments.forward_model, arguments.reverse_model, arguments.data, arguments.output,
-        template=arguments.template, max_length=arguments.max_length,
-        excess_length_strategy=arguments.excess_length_strategy,
-        tokens_per_batch=arguments.tokens_per_batch,
+        template=arguments.template or "auto", max_length=arguments.max_length,
+        excess_length_strategy=arguments.excess_length_strategy or "drop",
+        tokens_per_batch=arguments.tokens_per_batch or 8192,
     )  # fmt: skip
 
 
@@ -205,11 +212,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.verb is None:
             parser.print_help()
             return 0
-        if getattr(arguments, "config", None):
+        of_a_file = [name for name in FILE_OPTIONS if getattr(arguments, name, None) is not None]
+        if getattr(arguments, "config", None) and not of_a_file:
             run_config(arguments, rest)
             return 0
         if rest:
             raise UserError(f"unknown argument {rest[0]} (see main-jax {arguments.verb} --help)")
+        if getattr(arguments, "config", None):
+            option = of_a_file[0].replace("_", "-")
+            raise UserError(f"score takes CONFIG or --{option}, not both (see main-jax score --help)")
         (score_file if arguments.verb == "score" else generate_file)(arguments)
         return 0
     except KeyboardInterrupt:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -142,7 +143,7 @@ class Runtime:
 
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     attention: Literal["auto", "xla"] = "auto"
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "projections", "full"] = "none"
     chunk_rows: int = 1024
     generation_batch_size: int = 32
     compile_cache: bool = True
@@ -189,13 +190,23 @@ class Config:
                     raise ValueError(f"{key}: unknown score {arm!r}{_nearest(arm, names)}")
         if self.world is None and "oracle" in self.finetune.arms:
             raise ValueError("finetune.arms: `oracle` needs the truth, which only the world has")
-        if self.filter.select in ("fraction", "quantile") and not 0 < self.filter.keep <= 1:
-            raise ValueError(f"filter.keep: expected a share in (0, 1], found {self.filter.keep}")
+        keep, select = self.filter.keep, self.filter.select
+        if select in ("fraction", "quantile") and not 0 < keep <= 1:
+            raise ValueError(f"filter.keep: expected a share in (0, 1], found {keep}")
+        if select == "top_k" and (keep < 1 or keep % 1):
+            raise ValueError(f"filter.keep: expected a whole number of pairs, found {keep}")
         _check_positive(self)
 
     def as_dict(self) -> dict:
         """Plain values, as they would stand in the YAML file."""
-        return dataclasses.asdict(self)
+        return _plain(dataclasses.asdict(self))
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, which is what YAML knows."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _check_positive(config: Any, path: str = "") -> None:
@@ -206,19 +217,19 @@ def _check_positive(config: Any, path: str = "") -> None:
         "warmup_ratio",
         "min_learning_rate_ratio",
         "weight_decay",
-        "keep",
     }
     for f in dataclasses.fields(config):
         value, key = getattr(config, f.name), f"{path}{f.name}"
-        if isinstance(value, bool) or value is None:
-            continue
+        if isinstance(value, bool) or value is None or isinstance(config, Filter):
+            continue  # what `filter.keep` may be depends on `filter.select`
         if dataclasses.is_dataclass(value) and not isinstance(value, (Weighting, Sampling)):
             _check_positive(value, f"{key}.")
         elif isinstance(value, (int, float)):
             share = f.name.endswith(("_share", "_ratio", "noise"))
             if share and not 0 <= value <= 1:
                 raise ValueError(f"{key}: expected a share between 0 and 1, found {value}")
-            if value < 0 or (value == 0 and not share and f.name not in may_be_zero):
+            zero = share or f.name in may_be_zero
+            if not 0 <= value < math.inf or (value == 0 and not zero):
                 raise ValueError(f"{key}: expected a positive number, found {value}")
 
 
@@ -274,12 +285,16 @@ def _set(values: dict, key: str, value: Any) -> None:
     at[last] = value
 
 
-def _build(cls: Any, values: Any, path: str) -> Any:
-    """An instance of the dataclass `cls` from a mapping; raises ValueError naming the dotted key."""
+def _build(cls: Any, values: Any, path: str, base: Any = None) -> Any:
+    """An instance of the dataclass `cls` from a mapping; raises ValueError naming the dotted key.
+
+    `base` gives the keys that are not in the mapping: a section's defaults may differ from its class's.
+    """
     if not isinstance(values, dict):
         raise ValueError(f"{path.rstrip('.')}: expected a section with keys, found {values!r}")
     hints = get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
+    base = cls() if base is None else base
     arguments = {}
     for key, value in values.items():
         name = key if key in names else ALIASES.get(key, key)
@@ -287,17 +302,17 @@ def _build(cls: Any, values: Any, path: str) -> Any:
             raise ValueError(f"unknown key {path}{key}{_nearest(str(key), names, path)}")
         if name in arguments:
             raise ValueError(f"{path}{key} is given twice (also as {path}{name})")
-        arguments[name] = _convert(value, hints[name], f"{path}{name}")
+        arguments[name] = _convert(value, hints[name], f"{path}{name}", getattr(base, name))
     try:
-        return cls(**arguments)
+        return dataclasses.replace(base, **arguments)
     except ValueError as error:
         text = str(error)
         raise ValueError(text if cls is Config else f"{path.rstrip('.')}: {text}") from None
 
 
-def _convert(value: Any, hint: Any, key: str) -> Any:
+def _convert(value: Any, hint: Any, key: str, default: Any = None) -> Any:
     if dataclasses.is_dataclass(hint):
-        return _build(hint, {} if value is None else value, f"{key}.")
+        return _build(hint, {} if value is None else value, f"{key}.", default)
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:

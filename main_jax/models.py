@@ -66,7 +66,7 @@ def check_directory(path: str, key: str) -> str:
 
 def open_checkpoint(path: str, runtime: Runtime) -> Checkpoint:
     """Checks a checkpoint directory without reading its weights. Raises CheckpointError."""
-    config = hf.load_config(path)
+    config = hf.check_checkpoint(path)
     decoder = Decoder(
         config,
         dtype=compute_dtype(runtime.compute_dtype),

@@ -75,6 +75,8 @@ def _read_parquet(file: epath.Path) -> list[tuple[int, dict]]:
     try:
         with file.open("rb") as handle:
             return list(enumerate(pq.read_table(handle).to_pylist(), start=1))
+    except UnicodeDecodeError:
+        raise UserError(f"{file}: a text in it is not valid UTF-8") from None
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file}: not a readable Parquet file ({_brief(error)})") from None
 
@@ -89,7 +91,7 @@ def _read_jsonl(file: epath.Path) -> list[tuple[int, dict]]:
             row = json.loads(text)
         except UnicodeDecodeError:
             raise UserError(f"{file}, row {number}: not valid UTF-8") from None
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError: also a number of 5,000 digits
             raise UserError(f"{file}, row {number}: not valid JSON ({_brief(error)})") from None
         if not isinstance(row, dict):
             raise UserError(f"{file}, row {number}: expected an object like {{...}}")
@@ -176,17 +178,26 @@ def _read(path: str, formats: Sequence[tuple[str, ...]], convert: Callable) -> l
             if value is not None and not isinstance(value, str):
                 kind = type(value).__name__
                 raise UserError(f"{path}, row {number}, {name}: expected text, found {kind}")
-            if value and any("\ud800" <= c <= "\udfff" for c in value):
-                raise UserError(f"{path}, row {number}, {name}: half a surrogate pair, not text")
+            _check_text(value or "", path, number, name)
         row |= {"weight": _weight(raw, path, number), "source": str(path), "raw": raw}
         given = raw.get("id")
         if given is not None and (isinstance(given, bool) or not isinstance(given, (str, int))):
             raise UserError(f"{path}, row {number}, id: expected text or a whole number")
         row["id"] = None if given is None else str(given)
+        _check_text(row["id"] or "", path, number, "id")
         row["row_number"] = number
         rows.append(row)
     _assign_ids(rows, path)
     return rows
+
+
+def _check_text(text: str, path: str, number: int, name: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{path}, row {number}, {name}: half a surrogate pair, not text"
+        ) from None
 
 
 def _weight(raw: dict, path: str, number: int) -> float:
@@ -234,16 +245,28 @@ def write_atomically(path: epath.PathLike, write: Callable[[epath.Path], Any]) -
 
 def write_table(path: epath.PathLike, table: pa.Table) -> None:
     """Writes Parquet, or JSONL when the name ends in .jsonl; atomically."""
+    if str(path).endswith(".jsonl"):
+        return write_jsonl(path, table.to_pylist())
 
     def write(temporary: epath.Path) -> None:
         with temporary.open("wb") as handle:
-            if str(path).endswith(".jsonl"):
-                for row in table.to_pylist():
-                    handle.write(
-                        json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
-                    )
-            else:
-                pq.write_table(table, handle)
+            pq.write_table(table, handle)
+
+    write_atomically(path, write)
+
+
+def write_jsonl(path: epath.PathLike, rows: Sequence[dict]) -> None:
+    """Writes one JSON object a line, atomically; what JSON lacks (dates) as text."""
+
+    def line(row: dict) -> bytes:
+        try:
+            return json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n"
+        except UnicodeEncodeError:  # half a surrogate pair, in a column that is not ours
+            return json.dumps(row, default=str).encode() + b"\n"
+
+    def write(temporary: epath.Path) -> None:
+        with temporary.open("wb") as handle:
+            handle.writelines(map(line, rows))
 
     write_atomically(path, write)
 

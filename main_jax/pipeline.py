@@ -10,7 +10,6 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import yaml
 from etils import epath
@@ -131,9 +130,17 @@ def open_run(config: Config) -> Run:
     check_output(run.path, "output_dir")
     if not run.world:
         _ = run.prompt  # opens and checks the model and its tokenizer
+        positions = run.base.decoder.config.max_position_embeddings
+        for key in ("align", "augment"):
+            new = getattr(config, key).sampling.max_new_tokens
+            if new >= positions:
+                raise UserError(
+                    f"{key}.sampling.max_new_tokens {new} leaves no room for a prompt; "
+                    f"the model has {positions} positions"
+                )
     _check_room(run)
     run.path.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(_plain(config.as_dict()), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True)
     pairs.write_atomically(run.path / "config.yaml", lambda path: path.write_text(text))
     return run
 
@@ -210,9 +217,3 @@ def _reasons(rows: Sequence[dict], name: str) -> dict[str, int]:
     kept = len(rows) - sum(reasons.values())
     return {name: kept} | {reason: n for reason, n in sorted(reasons.items())}
 
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, for YAML."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -110,9 +110,10 @@ class Run:
                 )
         fingerprint, old = self.fingerprint(name), self._manifest(name)
         if old and old["fingerprint"] != fingerprint:
-            aside = _free_name(directory)
-            directory.rename(aside)
-            say(f"{name}: configuration or inputs changed; the old results are kept in {aside}")
+            if any(file.name != "manifest.json" for file in files_below(directory)):
+                aside = _free_name(directory)
+                directory.rename(aside)
+                say(f"{name}: configuration or inputs changed; the old results are kept in {aside}")
             old = {}
         if old.get("status") == "done":
             say(f"{name}: done before, kept")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from etils import epath
 
 from main_jax import pairs
@@ -40,6 +41,7 @@ def score_file(
 
     Without `reverse_model` the forward model serves both directions. Raises UserError, one line.
     """
+    data, output = (str(epath.Path(path).expanduser()) for path in (data, output))
     _check_paths(data, output, forward_model=forward_model, reverse_model=reverse_model)
     paths = (forward_model, reverse_model or forward_model)
     opened: dict[str, Checkpoint] = {}
@@ -82,6 +84,7 @@ def generate_file(
     A prompt longer than `max_position_embeddings − max_new_tokens` has a null completion and the finish
     reason `too_long`, an empty one `empty_prompt`. Raises UserError, one line.
     """
+    prompts, output = (str(epath.Path(path).expanduser()) for path in (prompts, output))
     _check_paths(prompts, output, model=model)
     checkpoint = open_checkpoint(check_directory(model, "model"), Runtime())
     positions = checkpoint.decoder.config.max_position_embeddings
@@ -94,6 +97,8 @@ def generate_file(
     forward = direction is Direction.FORWARD
     rows = (pairs.read_instructions if forward else pairs.read_responses)(prompts)
     check_room(output, 4 * epath.Path(prompts).stat().length + 1_000_000, "the output")
+    if output.endswith(".parquet"):
+        user_table(output, [row["raw"] for row in rows])  # better now than after the work
     loaded = checkpoint.model()
     columns: list[dict] = []
     with track("generate", len(rows), "rows") as bar:
@@ -106,18 +111,25 @@ def generate_file(
                 row["raw"] | {"completion": c.text, "finish_reason": c.finish_reason}
                 for row, c in zip(chunk, completions, strict=True)
             ]
-    names = dict.fromkeys(name for row in columns for name in row)
-    write_rows(output, [{name: row.get(name) for name in names} for row in columns])
+    if output.endswith(".parquet"):
+        pairs.write_table(output, user_table(output, columns))
+    else:
+        pairs.write_jsonl(output, columns)
     say(f"{output}: {len(columns):,} rows")
 
 
-def write_rows(output: str, rows: Sequence[dict]) -> None:
-    """Writes rows that may carry any columns of the user's own."""
+def user_table(output: str, rows: Sequence[dict]) -> pa.Table:
+    """A table of rows with columns of the user's own. Raises UserError when Parquet cannot hold them."""
+    names = dict.fromkeys(name for row in rows for name in row)
     try:
-        table = pa.Table.from_pylist(list(rows))
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{output}: columns of mixed types cannot be written: {error}") from None
-    pairs.write_table(output, table)
+        table = pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
+        pq.write_table(table.slice(0, 0), pa.BufferOutputStream())
+    except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
+        raise UserError(
+            f"{output}: the other columns do not fit a Parquet table ({error}); "
+            "choose a name that ends in .jsonl"
+        ) from None
+    return table
 
 
 def _check_paths(data: str, output: str, **models: str | None) -> None:

@@ -68,7 +68,8 @@ class Weighting:
     def init(self) -> dict:
         """Running mean losses of both groups; NaN until a group was seen."""
         # Two buffers: the state is donated, and one buffer cannot be donated twice.
-        return {"seed_nll": jnp.array(jnp.nan), "aligned_nll": jnp.array(jnp.nan)}
+        # Typed, not weakly typed: the step would be compiled again for what it gives back.
+        return {name: jnp.array(jnp.nan, jnp.float32) for name in ("seed_nll", "aligned_nll")}
 
     def prepare(self, fields: dict) -> dict:
         """Adds `share` = v_i / Σ_group v over the global batch, and `alone`: the other group is absent."""

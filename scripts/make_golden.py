@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
-from tiny_llama import tiny_config, tiny_tensors  # noqa: E402
+from tiny_llama import tiny_config, tiny_tensors  # noqa: E402  # ty: ignore
 
 LENGTH = 320
 POSITIONS = [0, 1, 2, 7, 31, 64, 100, 129, 200, 255, 256, 319]
@@ -50,7 +50,8 @@ def main() -> None:
     for variant, changes in VARIANTS.items():
         config = tiny_config(**SIZES, **changes)
         theirs = copy.deepcopy(config)  # LlamaConfig writes into the tables it is given
-        model = LlamaForCausalLM(LlamaConfig(**theirs, attn_implementation="eager")).eval()
+        theirs["attn_implementation"] = "eager"
+        model = LlamaForCausalLM(LlamaConfig(**theirs)).eval()
         state = {name: torch.tensor(t.astype(np.float32)) for name, t in tensors.items()}
         if config["tie_word_embeddings"]:
             state["lm_head.weight"] = state["model.embed_tokens.weight"]

@@ -61,13 +61,13 @@ def golden_folder(folder, variant):
     return write(folder, config, tensors)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A model folder; tests copy it before they change anything."""
     return make_tiny_llama(tmp_path_factory.mktemp("tiny"), seed=3)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def loaded(tiny):
     return load_checkpoint(tiny)
 

@@ -31,7 +31,14 @@ from main_jax.lm.weights import (
     write_tensors,
 )
 
-__all__ = ["CheckpointError", "load_checkpoint", "load_config", "save_checkpoint", "stop_ids"]
+__all__ = [
+    "CheckpointError",
+    "check_checkpoint",
+    "load_checkpoint",
+    "load_config",
+    "save_checkpoint",
+    "stop_ids",
+]
 
 # Buffers that old checkpoints carry although they follow from the config.
 IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
@@ -43,25 +50,25 @@ Place = Callable[[tuple[str, ...], np.ndarray], Any]
 # ------------------------------------------------------------------------------------------ table
 # name | our path | their axes | our axes | only where. Axes are the letters of `lm/model.py`. On
 # their side a comma separates dimensions: "NH,D" is a matrix of N * H rows; on ours each letter is
-# a dimension. A name with {layer} stands for L tensors, stacked on a leading axis.
+# a dimension. A name with * stands for L tensors, stacked on a leading axis.
 TABLE = """
-model.embed_tokens.weight                              embed.embedding                   V,D   VD
-model.layers.{layer}.input_layernorm.weight            layers.input_norm.scale           D     D
-model.layers.{layer}.self_attn.q_proj.weight           layers.attention.q.kernel         NH,D  DNH
-model.layers.{layer}.self_attn.k_proj.weight           layers.attention.k.kernel         KH,D  DKH
-model.layers.{layer}.self_attn.v_proj.weight           layers.attention.v.kernel         KH,D  DKH
-model.layers.{layer}.self_attn.o_proj.weight           layers.attention.o.kernel         D,NH  NHD
-model.layers.{layer}.self_attn.q_proj.bias             layers.attention.q.bias           NH    NH   qkv_bias
-model.layers.{layer}.self_attn.k_proj.bias             layers.attention.k.bias           KH    KH   qkv_bias
-model.layers.{layer}.self_attn.v_proj.bias             layers.attention.v.bias           KH    KH   qkv_bias
-model.layers.{layer}.self_attn.q_norm.weight           layers.attention.q_norm.scale     H     H    qk_norm
-model.layers.{layer}.self_attn.k_norm.weight           layers.attention.k_norm.scale     H     H    qk_norm
-model.layers.{layer}.post_attention_layernorm.weight   layers.post_attention_norm.scale  D     D
-model.layers.{layer}.mlp.gate_proj.weight              layers.mlp.gate.kernel            F,D   DF
-model.layers.{layer}.mlp.up_proj.weight                layers.mlp.up.kernel              F,D   DF
-model.layers.{layer}.mlp.down_proj.weight              layers.mlp.down.kernel            D,F   FD
-model.norm.weight                                      norm.scale                        D     D
-lm_head.weight                                         head.kernel                       V,D   DV   untied
+model.embed_tokens.weight                       embed.embedding                  V,D  VD
+model.layers.*.input_layernorm.weight           layers.input_norm.scale          D    D
+model.layers.*.self_attn.q_proj.weight          layers.attention.q.kernel        NH,D DNH
+model.layers.*.self_attn.k_proj.weight          layers.attention.k.kernel        KH,D DKH
+model.layers.*.self_attn.v_proj.weight          layers.attention.v.kernel        KH,D DKH
+model.layers.*.self_attn.o_proj.weight          layers.attention.o.kernel        D,NH NHD
+model.layers.*.self_attn.q_proj.bias            layers.attention.q.bias          NH   NH  qkv_bias
+model.layers.*.self_attn.k_proj.bias            layers.attention.k.bias          KH   KH  qkv_bias
+model.layers.*.self_attn.v_proj.bias            layers.attention.v.bias          KH   KH  qkv_bias
+model.layers.*.self_attn.q_norm.weight          layers.attention.q_norm.scale    H    H   qk_norm
+model.layers.*.self_attn.k_norm.weight          layers.attention.k_norm.scale    H    H   qk_norm
+model.layers.*.post_attention_layernorm.weight  layers.post_attention_norm.scale D    D
+model.layers.*.mlp.gate_proj.weight             layers.mlp.gate.kernel           F,D  DF
+model.layers.*.mlp.up_proj.weight               layers.mlp.up.kernel             F,D  DF
+model.layers.*.mlp.down_proj.weight             layers.mlp.down.kernel           D,F  FD
+model.norm.weight                               norm.scale                       D    D
+lm_head.weight                                  head.kernel                      V,D  DV  untied
 """
 
 
@@ -76,7 +83,7 @@ class Weight(NamedTuple):
     def names(self, config: DecoderConfig) -> list[str]:
         """List the row's tensors, in layer order."""
         layers = config.num_layers if self.path[0] == "layers" else 1
-        return [self.name.format(layer=layer) for layer in range(layers)]
+        return [self.name.replace("*", str(layer)) for layer in range(layers)]
 
     def layers(self, leaf: np.ndarray) -> np.ndarray:
         """Give views of the parameter, one to each of `names`, `[L or 1, *self.ours]`."""
@@ -131,6 +138,19 @@ def load_config(path: Path) -> DecoderConfig:
         raise
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from None
+
+
+def check_checkpoint(path: Path) -> DecoderConfig:
+    """Do every check of `load_checkpoint` that needs no weights read: config, names, shapes."""
+    folder = local_folder(path)
+    config = load_config(folder)
+    with ExitStack() as stack:
+        tensors = open_tensors(folder, stack)
+        _check_names(folder, config, tensors)
+        for row in weights(config):
+            for name in row.names(config):
+                tensors[name].check(row.their_shape(config))
+    return config
 
 
 def load_checkpoint(

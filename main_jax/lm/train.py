@@ -166,14 +166,15 @@ def fit(
                 )  # fmt: skip
                 done = step + 1
                 log.add(done, metrics | {"learning_rate": rates[step]})
-                note = ""
-                if done % settings.logging_steps == 0 or done % settings.save_steps == 0:
-                    note = f"loss {log.flush(label):.3f}"
                 if validation and (
                     done == steps or (settings.eval_steps and done % settings.eval_steps == 0)
                 ):
                     log.add(done, {"validation_nll_nats_per_token": mean_nll(
                         decoder, state.params, validation, limit)})  # fmt: skip
+                note = ""
+                # Before the checkpoint: what is not on disk by then, a resumed run would not log again.
+                if done % settings.logging_steps == 0 or done % settings.save_steps == 0:
+                    note = f"loss {log.flush(label):.3f}"
                 if done % settings.save_steps == 0 and done < steps:
                     checkpoints.save(done, state)
                 bar.advance(note=note)
@@ -205,7 +206,9 @@ class MetricsLog:
         complete = [line for line in lines if line.endswith("}")]
         kept = [line for line in complete if json.loads(line)["step"] <= keep_steps]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(line + "\n" for line in kept))
+        temporary = path.parent / f".{path.name}.tmp"
+        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.replace(path)
 
     def add(self, step: int, metrics: dict) -> None:
         """Remembers a step's metrics, still on the device."""

@@ -33,8 +33,8 @@ class Tensor(NamedTuple):
     file: epath.Path
     handle: Any
 
-    def read(self, shape: tuple[int, ...]) -> np.ndarray:
-        """Read it, after a look at its shape and dtype; `CheckpointError` where they are others."""
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raise `CheckpointError` where its shape or dtype are others; no data is read."""
         header = self.handle.get_slice(self.name)
         found, dtype = header.get_shape(), header.get_dtype()
         where = f"{self.file}: tensor {self.name}"
@@ -42,6 +42,10 @@ class Tensor(NamedTuple):
             raise CheckpointError(f"{where} has shape {list(found)}, expected {list(shape)}")
         if dtype not in DTYPES:
             raise CheckpointError(f"{where} has dtype {dtype}, not one of {', '.join(DTYPES)}")
+
+    def read(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Read it, once it is checked."""
+        self.check(shape)
         return self.handle.get_tensor(self.name)
 
 

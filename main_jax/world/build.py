@@ -82,5 +82,6 @@ def _pretrain(run: Run, out: epath.Path) -> None:
         limit=256,
     )
     params = load_params(out / "pretraining" / "checkpoints", decoder)
-    save_checkpoint(out / "base", config, params)
+    special = {"bos_token_id": bos, "eos_token_id": eos}
+    save_checkpoint(out / "base", config, params, extra=special)
     save_tokenizer(str(out / "base"))

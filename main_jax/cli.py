@@ -42,6 +42,9 @@ FILE_OPTIONS = (
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs, allow_abbrev=False)
+
     def error(self, message: str):
         raise UserError(f"{message} (see {self.prog} --help)")
 
@@ -220,7 +223,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"unknown argument {rest[0]} (see main-jax {arguments.verb} --help)")
         if getattr(arguments, "config", None):
             option = of_a_file[0].replace("_", "-")
-            raise UserError(f"score takes CONFIG or --{option}, not both (see main-jax score --help)")
+            raise UserError(
+                f"score takes CONFIG or --{option}, not both (see main-jax score --help)"
+            )
         (score_file if arguments.verb == "score" else generate_file)(arguments)
         return 0
     except KeyboardInterrupt:

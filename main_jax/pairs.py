@@ -195,9 +195,7 @@ def _check_text(text: str, path: str, number: int, name: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UserError(
-            f"{path}, row {number}, {name}: half a surrogate pair, not text"
-        ) from None
+        raise UserError(f"{path}, row {number}, {name}: half a surrogate pair, not text") from None
 
 
 def _weight(raw: dict, path: str, number: int) -> float:

@@ -216,4 +216,3 @@ def _reasons(rows: Sequence[dict], name: str) -> dict[str, int]:
     reasons = Counter(row["drop_reason"] for row in rows if row["drop_reason"])
     kept = len(rows) - sum(reasons.values())
     return {name: kept} | {reason: n for reason, n in sorted(reasons.items())}
-

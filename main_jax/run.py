@@ -119,6 +119,9 @@ class Run:
             say(f"{name}: done before, kept")
             return
         say(f"{name}: {'continues' if old else 'starts'}")
+        for file in files_below(directory):  # what a killed run was just writing
+            if file.name.startswith(".") and file.name.endswith(".tmp"):
+                file.unlink()
         manifest = {
             "stage": name,
             "status": "running",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
-from score_reference import ROWS, TEMPLATES, make_pair, reference  # noqa: E402
+from score_reference import ROWS, TEMPLATES, make_pair, reference  # noqa: E402  # ty: ignore
 
 
 def main() -> None:

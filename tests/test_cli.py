@@ -174,7 +174,7 @@ def test_score_equals_the_golden_file(template, suffix, golden_models, tmp_path,
 @needs_torch
 def test_score_equals_transformers_live(golden_models, tmp_path, capsys):
     forward, reverse = golden_models
-    words = "the sky is blue on a clear day 1 2 3 שמיים 🙂 Übung".split()
+    words = ["the", "sky", "is", "blue", "on", "a", "clear day", "1", "2", "שמיים", "🙂", "Übung"]
     rng = np.random.default_rng(5)
 
     def text(low, high):
@@ -249,8 +249,12 @@ def test_one_model_serves_both_directions(tiny, tmp_path, capsys):
     assert alone == twice
     other = make_tiny_llama(tmp_path / "other", seed=9)
     mixed = score(capsys, tiny, data, tmp_path / "mixed.jsonl", "--reverse-model", other)
-    assert all(a["forward_nll_sum"] == b["forward_nll_sum"] for a, b in zip(alone, mixed, strict=True))
-    assert all(a["reverse_nll_sum"] != b["reverse_nll_sum"] for a, b in zip(alone, mixed, strict=True))
+    assert all(
+        a["forward_nll_sum"] == b["forward_nll_sum"] for a, b in zip(alone, mixed, strict=True)
+    )
+    assert all(
+        a["reverse_nll_sum"] != b["reverse_nll_sum"] for a, b in zip(alone, mixed, strict=True)
+    )
 
 
 def test_truncate_keeps_the_row_and_the_target(tiny, tmp_path, capsys):
@@ -332,7 +336,10 @@ def test_generate_equals_an_uncached_loop(direction, tiny, tmp_path, capsys):
     tokenizer = tokenizer_of(tiny)
     before, after = TEMPLATES["plain"][direction]
     for row in found:
-        parts = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in (before, row[column], after)]
+        parts = [
+            tokenizer(p, add_special_tokens=False)["input_ids"]
+            for p in (before, row[column], after)
+        ]
         ids, reason = greedy(tiny, [1, *parts[0], *parts[1], *parts[2]], 12)
         known = [i for i in ids if i < len(tokenizer)]
         assert row["completion"] == tokenizer.decode(known, skip_special_tokens=True)
@@ -393,7 +400,9 @@ def test_columns_of_the_users_own_come_through(tiny, tmp_path, capsys):
     assert [{k: r[k] for k in row} for row, r in zip(odd, found, strict=True)] == odd
     line = refused(capsys, "generate", "--model", tiny, "--prompts", data,
                    "--output", tmp_path / "out.parquet", *how)  # fmt: skip
-    assert line.startswith(f"{tmp_path / 'out.parquet'}: the other columns do not fit a Parquet table")
+    assert line.startswith(
+        f"{tmp_path / 'out.parquet'}: the other columns do not fit a Parquet table"
+    )
     pq.write_table(pa.table({"prompt": ["q"], "when": pa.array([0], pa.timestamp("s"))}),
                    tmp_path / "dates.parquet")  # fmt: skip
     (row,) = generate(capsys, tiny, tmp_path / "dates.parquet", tmp_path / "dates.jsonl", *how)
@@ -420,7 +429,9 @@ def test_a_path_may_start_with_a_tilde(tiny, tmp_path, capsys, monkeypatch):
 @pytest.fixture
 def own(tiny, tmp_path):
     """A configuration for own files, all good: (path of the YAML, its values, the folder)."""
-    write(tmp_path / "seed.jsonl", [{"instruction": f"q {i}", "response": f"a {i}"} for i in range(6)])
+    write(
+        tmp_path / "seed.jsonl", [{"instruction": f"q {i}", "response": f"a {i}"} for i in range(6)]
+    )
     write(tmp_path / "responses.parquet", [{"text": f"text {i}"} for i in range(6)])
     values = {
         "output_dir": str(tmp_path / "run"),
@@ -531,7 +542,9 @@ def test_broken_models_are_found_before_the_data_is_read(own, tiny, tmp_path, ca
 
     missing = broken_model(tiny, tmp_path / "missing", lambda t: t.pop(Q))
     misshaped = broken_model(tiny, tmp_path / "misshaped", shape)
-    unknown = broken_model(tiny, tmp_path / "unknown", lambda t: t.update(extra=np.zeros(3, np.float32)))
+    unknown = broken_model(
+        tiny, tmp_path / "unknown", lambda t: t.update(extra=np.zeros(3, np.float32))
+    )
     cut = shutil.copytree(tiny, tmp_path / "cut")
     weights = (cut / "model.safetensors").read_bytes()
     (cut / "model.safetensors").write_bytes(weights[: len(weights) // 2])
@@ -549,7 +562,8 @@ def test_broken_models_are_found_before_the_data_is_read(own, tiny, tmp_path, ca
     ]:
         lines = [
             refused(capsys, "run", config, "--model_name_or_path", model, "--data.seed_path", bad),
-            refused(capsys, "score", "--forward-model", model, "--data", bad, "--output", tmp_path / "o.jsonl"),
+            refused(capsys, "score", "--forward-model", model, "--data", bad,
+                    "--output", tmp_path / "o.jsonl"),
             refused(capsys, "score", "--forward-model", tiny, "--reverse-model", model, "--data", bad,
                     "--output", tmp_path / "o.jsonl"),
             refused(capsys, "generate", "--model", model, "--prompts", bad, "--output", tmp_path / "o.jsonl",
@@ -602,7 +616,9 @@ def test_mistakes_in_the_data(own, tiny, tmp_path, capsys):
     ]:  # fmt: skip
         assert expected in _last_line(capsys, "run", config, "--data.responses_path", file)
     for command in ("score", "generate"):
-        names = {"score": ("--forward-model", "--data"), "generate": ("--model", "--prompts")}[command]
+        names = {"score": ("--forward-model", "--data"), "generate": ("--model", "--prompts")}[
+            command
+        ]
         line = refused(capsys, command, names[0], tiny, names[1], parquet, "--output", tmp_path / "o.jsonl",
                        *(("--max-new-tokens", 8) if command == "generate" else ()))  # fmt: skip
         assert "not a readable Parquet file" in line
@@ -658,7 +674,16 @@ def test_a_disk_without_room(own, tiny, tmp_path, capsys, monkeypatch):
         capsys, "score", "--forward-model", tiny, "--data", data, "--output", out
     )
     assert "the output needs about" in refused(
-        capsys, "generate", "--model", tiny, "--prompts", data, "--output", out, "--max-new-tokens", 8
+        capsys,
+        "generate",
+        "--model",
+        tiny,
+        "--prompts",
+        data,
+        "--output",
+        out,
+        "--max-new-tokens",
+        8,
     )
     assert out.read_text() == "what was there"
 

@@ -124,7 +124,9 @@ def test_an_override_wins_over_the_file_and_leaves_its_section(tmp_path):
 
 def test_a_section_given_in_part_keeps_its_own_defaults(tmp_path):
     """`align.sampling` samples by default, `augment.sampling` is greedy: one key changes one key."""
-    config = load(tmp_path, "align: {sampling: {max_new_tokens: 9}}\naugment: {sampling: {top_k: 9}}")
+    config = load(
+        tmp_path, "align: {sampling: {max_new_tokens: 9}}\naugment: {sampling: {top_k: 9}}"
+    )
     assert config.align.sampling == dataclasses.replace(Config().align.sampling, max_new_tokens=9)
     assert config.align.sampling.temperature == 0.7
     assert config.augment.sampling == dataclasses.replace(Config().augment.sampling, top_k=9)
@@ -160,7 +162,9 @@ def test_numbers_without_a_dot_and_empty_files(tmp_path):
 
 def test_null_where_it_is_allowed(tmp_path):
     assert load(tmp_path, "align: {max_steps: null}").align.max_steps is None
-    assert load(tmp_path, "align: {max_steps: 4}", "--align.max_steps", "null").align.max_steps is None
+    assert (
+        load(tmp_path, "align: {max_steps: 4}", "--align.max_steps", "null").align.max_steps is None
+    )
     assert "align.rounds: expected a whole number" in refusal(tmp_path, "align: {rounds: null}")
 
 

@@ -30,9 +30,9 @@ def prompts():
 IDS = [f"row-{i}" for i in range(8)]
 
 
-def gen(prompts, ids, sampling=GREEDY, stop_ids=(), seed=0, **how):
+def gen(prompts, ids, sampling=GREEDY, stop_ids=(), seed=0, params=None, **how):
     return generate(
-        DECODER, drawn_params(), prompts, ids, sampling,
+        DECODER, params or drawn_params(), prompts, ids, sampling,
         stop_ids=stop_ids, seed=seed, batch_size=3, **how,
     )  # fmt: skip
 
@@ -68,8 +68,9 @@ def test_greedy_generation_equals_an_uncached_loop():
 def test_a_stop_token_ends_a_row_and_is_not_part_of_it():
     """Two stop ids; the expectation is the unstopped row, cut."""
     stop_ids = (int(greedy()[0].tokens[0]), int(greedy()[1].tokens[5]))
-    stopped = gen(prompts(), IDS, stop_ids=stop_ids)
-    for free, cut in zip(greedy(), stopped, strict=True):
+    chosen = [0, 1, 2, 4, 7]  # two buckets
+    stopped = gen([prompts()[i] for i in chosen], [IDS[i] for i in chosen], stop_ids=stop_ids)
+    for free, cut in zip([greedy()[i] for i in chosen], stopped, strict=True):
         ends = np.flatnonzero(np.isin(free.tokens, stop_ids))
         end = ends[0] if len(ends) else NEW
         assert cut.tokens.tolist() == free.tokens[:end].tolist()
@@ -111,6 +112,17 @@ def test_a_sampled_row_depends_on_its_id_and_the_seed_alone():
     assert together[1] != together[2]
     other = [r.tokens.tolist() for r in gen(asked, ids, DRAWN, seed=1)]
     assert all(a != b for a, b in zip(together, other, strict=True))
+
+
+def test_every_token_of_a_row_is_drawn_anew():
+    """From a head of zeros: the same logits every time, 58 of 61 tokens in the nucleus."""
+    flat = drawn_params() | {"head": jax.tree.map(np.zeros_like, drawn_params()["head"])}
+    rows = gen([np.arange(3)] * 30, [f"{i}" for i in range(30)], DRAWN, params=flat)
+    tokens = np.array([row.tokens for row in rows])
+    assert tokens.shape == (30, NEW)
+    repeats = np.mean(tokens[:, 1:] == tokens[:, :-1])
+    assert repeats < 0.06  # 1 / 58 expected, 330 pairs
+    assert np.bincount(tokens.ravel(), minlength=61).max() < 20  # 360 / 58 expected
 
 
 def test_keys_are_as_many_as_ids_and_seeds():

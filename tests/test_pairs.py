@@ -132,7 +132,14 @@ def test_other_ids_are_content_hashes_with_an_ordinal_for_repeats(write):
     def row(i, r, x=None):
         return {"instruction": i, "input": x, "response": r}
 
-    rows = [row("q", "a"), row("q", "b"), row("q", "a"), row("qa", ""), row("q", "a"), row("q", "a", "x")]
+    rows = [
+        row("q", "a"),
+        row("q", "b"),
+        row("q", "a"),
+        row("qa", ""),
+        row("q", "a"),
+        row("q", "a", "x"),
+    ]
     ids = [r["id"] for r in read_pairs(write(rows))]
     first = hashlib.sha256(b"q\0\0a").hexdigest()[:16]
     assert ids[0] == first
@@ -386,11 +393,11 @@ def test_map_chunks_resumes_and_never_computes_twice(tmp_path):
 
     def work(chunk):
         if len(calls) == fail_at:
-            raise KeyboardInterrupt
+            raise RuntimeError("stopped")
         calls.append([r["id"] for r in chunk])
         return [r | {"response": r["id"] * 2} for r in chunk]
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(RuntimeError, match="stopped"):
         pairs.map_chunks(rows, tmp_path / "d", 4, work)
     assert calls == [["0", "1", "2", "3"], ["4", "5", "6", "7"]]
     assert sorted(os.listdir(tmp_path / "d")) == ["part-00000.parquet", "part-00001.parquet"]

@@ -53,8 +53,8 @@ class Checkpoints:
         self._manager.save(step, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state of `step`; `like` gives shapes, dtypes and placement."""
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        """The state of `step`; `like` gives shapes and dtypes."""
+        abstract = _on_this_device(like)
         parts: Any = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -67,10 +67,16 @@ class Checkpoints:
 
     def restore_params(self, step: int, decoder: Decoder) -> Any:
         """The parameters of `step` alone."""
-        abstract = jax.eval_shape(decoder.init, jax.random.key(0))
+        abstract = _on_this_device(jax.eval_shape(decoder.init, jax.random.key(0)))
         args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
         parts: Any = self._manager.restore(step, args=args)
         return parts.params
+
+
+def _on_this_device(tree: Any) -> Any:
+    """Shapes and dtypes of `tree`, to be placed on the first device wherever they were saved."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)
 
 
 def load_params(directory: epath.PathLike, decoder: Decoder) -> Any:

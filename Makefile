@@ -13,7 +13,7 @@ demo: $(INSTALLED)
 	$(BIN)/main-jax run configs/demo.yaml --output_dir runs/demo --seed $(SEED)
 
 test: $(INSTALLED_DEV)
-	$(BIN)/python -m pytest -m "not slow" -n 2
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest -m slow

@@ -14,7 +14,6 @@ from etils import epath
 
 from main_jax import pairs
 from main_jax.errors import UserError
-from main_jax.lm.progress import say
 from main_jax.prompts import Direction, Prompt
 from main_jax.run import Run, derive_seed
 from main_jax.score import hard_drop
@@ -82,8 +81,6 @@ def _check_drops(name: str, path: str, rows: Sequence[dict], limit: float) -> di
             f"{path}: {dropped:,} of {len(rows):,} rows cannot be used ({listed}), more than "
             f"data.max_drop_share {limit:g} allows"
         )
-    if dropped:
-        say(f"{path}: {dropped:,} of {len(rows):,} rows dropped ({listed})")
     return {name: len(rows) - dropped} | {f"{name}_{r}": n for r, n in sorted(reasons.items())}
 
 

@@ -118,8 +118,10 @@ class Run:
         if old.get("status") == "done":
             say(f"{name}: done before, kept")
             return
-        say(f"{name}: {'continues' if old else 'starts'}")
-        for file in files_below(directory):  # what a killed run was just writing
+        left = files_below(directory)
+        if len(left) > 1:  # more than a manifest
+            say(f"{name}: continues")
+        for file in left:  # what a killed run was just writing
             if file.name.startswith(".") and file.name.endswith(".tmp"):
                 file.unlink()
         manifest = {

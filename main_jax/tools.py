@@ -39,7 +39,8 @@ def score_file(
 ) -> None:
     """Writes `data` with the NLLs in both directions and every filter score.
 
-    Without `reverse_model` the forward model serves both directions. Raises UserError, one line.
+    The user's other columns stay. Without `reverse_model` the forward model serves both directions.
+    Raises UserError, one line; also when no row could be scored (the output is there all the same).
     """
     data, output = (str(epath.Path(path).expanduser()) for path in (data, output))
     _check_paths(data, output, forward_model=forward_model, reverse_model=reverse_model)
@@ -53,6 +54,8 @@ def score_file(
         templates[path] = checkpoint.prompt(template, limit, excess_length_strategy)
     rows = pairs.read_pairs(data)
     check_room(output, 4 * epath.Path(data).stat().length + 1_000_000, "the output")
+    if output.endswith(".parquet"):
+        user_table(output, [row["raw"] for row in rows])  # better now than after the work
     loaded = {path: (checkpoint.model(), templates[path]) for path, checkpoint in opened.items()}
     forward, reverse = (loaded[path] for path in paths)
     scored: list[dict] = []
@@ -63,8 +66,18 @@ def score_file(
     table = pairs.table_of([{k: row.get(k) for k in pairs.COLUMNS} for row in scored])
     for name, values in score_columns(table, seed).items():
         table = table.append_column(name, pa.array(values, mask=np.isnan(values)))
-    pairs.write_table(output, table)
+    own = [{k: v for k, v in row["raw"].items() if k not in table.column_names} for row in rows]
+    if output.endswith(".parquet"):
+        others = user_table(output, own)
+        for name in others.column_names:
+            table = table.append_column(name, others[name])
+        pairs.write_table(output, table)
+    else:
+        both = zip(table.to_pylist(), own, strict=True)
+        pairs.write_jsonl(output, [ours | theirs for ours, theirs in both])
     dropped = sum(not row["keep"] for row in scored)
+    if dropped == len(scored):
+        raise UserError(f"{data}: no row could be scored; {output} says why (drop_reason)")
     say(f"{output}: {len(scored):,} rows, {dropped:,} of them without scores (see drop_reason)")
 
 
@@ -82,7 +95,7 @@ def generate_file(
     """Writes the rows of `prompts` with `completion` and `finish_reason`.
 
     A prompt longer than `max_position_embeddings − max_new_tokens` has a null completion and the finish
-    reason `too_long`, an empty one `empty_prompt`. Raises UserError, one line.
+    reason `too_long`, an empty one `empty_instruction` or `empty_response`. Raises UserError, one line.
     """
     prompts, output = (str(epath.Path(path).expanduser()) for path in (prompts, output))
     _check_paths(prompts, output, model=model)

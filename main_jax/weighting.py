@@ -85,8 +85,9 @@ class Weighting:
         """[E] weights from [E] mean NLLs. A missing group's (or twin's) share goes to the other."""
         aligned = fields["aligned"]
         if self.strategy in ("softmax", "seed_softmax"):
-            # Any common reference gives the same normalised weights; this one keeps exp() in range.
-            reference = jnp.nan_to_num(state["seed_nll"], nan=0.0)
+            # Any common reference gives the same normalised weights; the running loss (a usual one in the
+            # first step) keeps exp() within float32.
+            reference = jnp.nan_to_num(state["seed_nll"], nan=5.0)
             weights = fields["weight"] * jnp.exp((reference - nll) / self.temperature)
             return jnp.where(aligned, 0, weights) if self.strategy == "seed_softmax" else weights
         if self.strategy == "pair_ratio":

@@ -281,9 +281,16 @@ def test_truncate_keeps_the_row_and_the_target(tiny, tmp_path, capsys):
     assert not (tmp_path / "raise.jsonl").exists()
 
 
-def test_nothing_to_score_still_gives_every_row(tiny, tmp_path, capsys):
-    data = write(tmp_path / "in.jsonl", [{"instruction": "", "response": "a"}])
-    (row,) = score(capsys, tiny, data, tmp_path / "out.parquet")
+def test_nothing_to_score_is_said_and_still_gives_every_row(tiny, tmp_path, capsys):
+    data = write(tmp_path / "in.jsonl", [{"instruction": "", "response": "a", "mine": [1, "b"]}])
+    output = tmp_path / "out.jsonl"
+    code, _, err = call(
+        capsys, "score", "--forward-model", tiny, "--data", data, "--output", output
+    )
+    assert code == 2
+    assert f"{data}: no row could be scored" in err.splitlines()[-1]
+    (row,) = [json.loads(line) for line in output.read_text().splitlines()]
+    assert row["mine"] == [1, "b"]
     assert (row["keep"], row["drop_reason"], row["mutual"]) == (False, "empty_instruction", None)
 
 
@@ -629,13 +636,13 @@ def test_mistakes_in_the_data(own, tiny, tmp_path, capsys):
 
 
 def _last_line(capsys, *arguments) -> str:
-    """Of a run, which has said which stage starts; nothing else but the mistake's line follows."""
+    """Of a run, which may have said that a stage continues; nothing else but the mistake's line follows."""
     code, out, err = call(capsys, *arguments)
     assert (code, out) == (2, "")
     lines = err.splitlines()
     assert [line for line in lines if line.startswith("main-jax: ")] == lines[-1:]
     assert "Traceback" not in err
-    assert all(re.fullmatch(r"prepare: (starts|continues)", line) for line in lines[:-1]), err
+    assert all(re.fullmatch(r"prepare: continues", line) for line in lines[:-1]), err
     return lines[-1]
 
 

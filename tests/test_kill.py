@@ -172,7 +172,7 @@ def check_equal(run: Path, other: Path) -> None:
         assert (run / log.relative_to(other)).read_text() == log.read_text(), log
 
 
-def test_an_undisturbed_run_is_short_and_repeats_itself(undisturbed, tmp_path):
+def test_an_undisturbed_run_repeats_itself(undisturbed, tmp_path):
     """The ground of the other tests: a second run from the same world gives the same bits."""
     config, other, cache = undisturbed
     run = copy_before("align", other, tmp_path)

@@ -52,6 +52,12 @@ class Checkpoints:
         """Saves the parameters of a finished training."""
         self._manager.save(step, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
 
+    def keep_only(self, step: int) -> None:
+        """Removes what a kill right after the last save has left beside it."""
+        for other in self._manager.all_steps():
+            if other != step:
+                self._manager.delete(other)
+
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state of `step`; `like` gives shapes and dtypes."""
         abstract = _on_this_device(like)

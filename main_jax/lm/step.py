@@ -77,7 +77,9 @@ def is_matrix(params):
 
 def init_state(params, optimizer: Optimizer, weighting: ExampleWeights) -> TrainState:
     """A fresh state around `params`, which the first step will donate."""
-    return TrainState(params, jax.jit(optimizer.transform().init)(params), weighting.init())
+    state = TrainState(params, jax.jit(optimizer.transform().init)(params), weighting.init())
+    # Committed to its device like a restored one, so that both run the same compiled step.
+    return jax.device_put(state, jax.devices()[0])
 
 
 def accumulate(
@@ -119,6 +121,7 @@ def accumulate(
         else (first, None)
     )
     numerator, grads, denominator, tokens, sums = total
+    denominator = jnp.where(denominator > 0, denominator, 1)  # nothing weighs: nothing is learnt
     grads = jax.tree.map(lambda g: g / denominator, grads)
     return numerator / denominator, grads, sums | {"target_tokens": tokens}
 

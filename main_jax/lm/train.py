@@ -134,6 +134,7 @@ def fit(
     with Checkpoints(directory / "checkpoints") as checkpoints:
         start = checkpoints.latest_step or 0
         if start >= steps:
+            checkpoints.keep_only(start)
             return
         stream = UnitStream(
             units,

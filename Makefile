@@ -4,8 +4,10 @@ PYTHON ?= python3
 VENV ?= .venv
 SEED ?= 0
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
-INSTALLED_DEV := $(VENV)/.installed-dev
+# The interpreter's version is part of the stamp: another PYTHON makes the environment anew.
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+INSTALLED := $(VENV)/.installed-$(VERSION)
+INSTALLED_DEV := $(VENV)/.installed-dev-$(VERSION)
 
 .PHONY: demo test test-slow lint format torch clean
 
@@ -33,6 +35,7 @@ torch: $(INSTALLED_DEV)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("main_jax needs Python 3.11 or newer; say PYTHON=python3.12 make ...") if sys.version_info < (3, 11) else None'
+	rm -f $(VENV)/.installed*
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -e . -c constraints.txt
 	touch $@

@@ -24,8 +24,8 @@ from main_jax.lm.checkpoint import load_params
 from main_jax.lm.progress import track
 from main_jax.lm.train import TrainingSettings, fit
 from main_jax.models import Checkpoint, LanguageModel
-from main_jax.pairs import joined_instruction, map_chunks
-from main_jax.prompts import Direction, Prompt
+from main_jax.pairs import joined_instruction, map_chunks, rows_done
+from main_jax.prompts import Direction, Prompt, Rendered
 from main_jax.run import Run, derive_seed
 
 OTHER = {Direction.FORWARD: Direction.REVERSE, Direction.REVERSE: Direction.FORWARD}
@@ -85,6 +85,8 @@ def trained(out: epath.Path, part: str, direction: Direction, base: Checkpoint) 
 def round_zero(settings: Align) -> TrainingSettings:
     """The training settings of round 0: those of the stage, with what `round_0` sets."""
     own = {k: v for k, v in dataclasses.asdict(settings.round_0).items() if v is not None}
+    if "num_train_epochs" in own:
+        own.setdefault("max_steps", None)  # or the stage's own number of steps would win
     return dataclasses.replace(settings, **own)
 
 
@@ -100,14 +102,18 @@ def write_conditions(
     def write(chunk: Sequence[dict]) -> list[dict]:
         if not writer:
             writer.append(trained(out, f"round-{writer_round}", writes, run.base))
-        return write_side(
+        written = write_side(
             chunk, writes, writer[0], run.prompt, run.config.align.sampling,
             seed=derive_seed(run.config.seed, f"align/{name}"),
             batch_size=run.config.runtime.generation_batch_size, on_done=bar.advance,
         )  # fmt: skip
+        for row, rendered in zip(written, render_rows(written, direction, run.prompt), strict=True):
+            row["drop_reason"] = rendered.drop_reason
+        return written
 
     fresh = [row | {"origin": "aligned", "round": k} for row in rows]
-    with track(f"align {name}", len(rows), "rows") as bar:
+    done = rows_done(out / name / "data", run.config.runtime.chunk_rows, len(rows))
+    with track(f"align {name}", len(rows), "rows", done) as bar:
         table = map_chunks(fresh, out / name / "data", run.config.runtime.chunk_rows, write)
     return table.to_pylist()
 
@@ -116,19 +122,8 @@ def pair_units(
     rows: Sequence[dict], direction: Direction, prompt: Prompt, twins: Sequence[dict] = ()
 ) -> list[Unit]:
     """One unit per seed row: its example and, where it has one, its aligned twin's (same target)."""
-
-    def examples(rows: Sequence[dict]) -> list:
-        texts = [t for r in rows for t in (joined_instruction(r), r["response"] or "")]
-        ids = prompt.encode_all(texts)
-        return [
-            None
-            if row["drop_reason"]
-            else prompt.render(direction, *ids[2 * i : 2 * i + 2]).example
-            for i, row in enumerate(rows)
-        ]
-
-    seeds = examples(rows)
-    aligned = examples(twins) if twins else [None] * len(rows)
+    seeds = [r.example for r in render_rows(rows, direction, prompt)]
+    aligned = [r.example for r in render_rows(twins, direction, prompt)] or [None] * len(rows)
     units = []
     for row, seed, twin in zip(rows, seeds, aligned, strict=True):
         if seed is None:
@@ -137,3 +132,15 @@ def pair_units(
         fields = tuple({"weight": row["weight"], "aligned": a} for _, a in members)
         units.append(Unit(tuple(e for e, _ in members), fields))
     return units
+
+
+def render_rows(rows: Sequence[dict], direction: Direction, prompt: Prompt) -> list[Rendered]:
+    """Every row in one direction; what was dropped before stays dropped, with its reason."""
+    texts = [text for r in rows for text in (joined_instruction(r), r["response"] or "")]
+    ids = prompt.encode_all(texts)
+    return [
+        Rendered(None, None, False, row["drop_reason"])
+        if row["drop_reason"]
+        else prompt.render(direction, *ids[2 * i : 2 * i + 2])
+        for i, row in enumerate(rows)
+    ]

@@ -16,10 +16,14 @@ from main_jax.prompts import Direction, Prompt
 
 
 class Completion(NamedTuple):
-    """A generated text, or None with the reason in `finish_reason`: `empty_*` or `too_long`."""
+    """A generated text, or None with the reason in `finish_reason`: `empty_*` or `too_long`.
+
+    `truncated` says that the prompt had to be cut.
+    """
 
     text: str | None
     finish_reason: str
+    truncated: bool = False
 
 
 def complete(
@@ -41,7 +45,8 @@ def complete(
     given, _ = direction.sides("instruction", "response")
     limit = model.decoder.config.max_position_embeddings - sampling.max_new_tokens
     texts = [direction.sides(joined_instruction(r), r.get("response") or "")[0] for r in rows]
-    prompts = [prompt.question(direction, ids, limit) for ids in prompt.encode_all(texts)]
+    conditions = prompt.encode_all(texts)
+    prompts = [prompt.question(direction, ids, limit) for ids in conditions]
     results: dict[int, Completion] = {}
     asked = []
     for i, (row, text, tokens) in enumerate(zip(rows, texts, prompts, strict=True)):
@@ -57,7 +62,9 @@ def complete(
         stop_ids=prompt.stop_ids, seed=seed, batch_size=batch_size, on_done=on_done,
     )  # fmt: skip
     for (i, _), generation in zip(asked, generated, strict=True):
-        results[i] = Completion(prompt.decode(generation.tokens), generation.finish_reason)
+        text = prompt.decode(generation.tokens)
+        cut = prompt.room(direction, limit) < len(conditions[i])
+        results[i] = Completion(text, generation.finish_reason, cut)
     return [results[i] for i in range(len(rows))]
 
 
@@ -74,13 +81,14 @@ def write_side(
     _, written = direction.sides("instruction", "response")
     done = []
     completions = complete(rows, direction, model, prompt, sampling, **how)
-    for row, (text, reason) in zip(rows, completions, strict=True):
+    for row, (text, reason, truncated) in zip(rows, completions, strict=True):
         row = row | ({"input": None} if direction is Direction.REVERSE else {})
         if text is None:
             row |= {written: None, "drop_reason": reason}
         else:
             text = text.strip()
             row |= {written: text, "finish_reason": reason}
+            row["truncated"] = bool(row.get("truncated")) or truncated
             row["drop_reason"] = None if text else f"empty_{written}"
         done.append(row)
     return done

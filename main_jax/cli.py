@@ -156,9 +156,7 @@ def run_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     initialize(config.runtime.compile_cache)
     run = pipeline.open_run(config)
     stage = None if arguments.verb == "run" else arguments.verb
-    pipeline.execute(run, stage)
-    if arguments.show_example:
-        print((run.directory("prepare") / "example.txt").read_text())
+    pipeline.execute(run, stage, arguments.show_example)
     if stage in (None, "evaluate"):
         print(evaluate.show(evaluate.read_results(run)))
         print(f"\nresults: {run.path / 'results.json'}")
@@ -181,6 +179,7 @@ def score_file(arguments: argparse.Namespace) -> None:
         template=arguments.template or "auto", max_length=arguments.max_length,
         excess_length_strategy=arguments.excess_length_strategy or "drop",
         tokens_per_batch=arguments.tokens_per_batch or 8192,
+        show_example=arguments.show_example,
     )  # fmt: skip
 
 
@@ -229,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         (score_file if arguments.verb == "score" else generate_file)(arguments)
         return 0
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command continues where it stopped", 130)
+        return _fail("interrupted; a run continues where it stopped with the same command", 130)
     except Exception as error:
         code = _exit_code(error)
         if code is None:
@@ -243,6 +242,7 @@ def _exit_code(error: Exception) -> int | None:
         return 2
     if isinstance(error, OSError) and error.errno in (
         errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM,
+        errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR,
     ):  # fmt: skip
         return 2
     if "main_jax.lm.hf" in sys.modules:

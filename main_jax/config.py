@@ -190,6 +190,22 @@ class Config:
                     raise ValueError(f"{key}: unknown score {arm!r}{_nearest(arm, names)}")
         if self.world is None and "oracle" in self.finetune.arms:
             raise ValueError("finetune.arms: `oracle` needs the truth, which only the world has")
+        if self.filter.select != "fraction" and "oracle" in self.finetune.arms:
+            raise ValueError("finetune.arms: `oracle` takes a share; set filter.select to fraction")
+        if self.filter.select == "threshold" and set(self.finetune.arms) - {
+            self.filter.by,
+            "seed_only",
+        }:
+            raise ValueError(
+                "finetune.arms: one threshold cannot serve several scores; use a fraction"
+            )
+        own = {"model_name_or_path": self.model_name_or_path}
+        own |= {f"data.{k}": getattr(self.data, k) for k in ("seed_path", "responses_path")}
+        for key, value in own.items():
+            if self.world is not None and value:
+                raise ValueError(
+                    f"{key}: `world` takes the place of one's own files; set one of them"
+                )
         keep, select = self.filter.keep, self.filter.select
         if select in ("fraction", "quantile") and not 0 < keep <= 1:
             raise ValueError(f"filter.keep: expected a share in (0, 1], found {keep}")
@@ -228,6 +244,8 @@ def _check_positive(config: Any, path: str = "") -> None:
             share = f.name.endswith(("_share", "_ratio", "noise"))
             if share and not 0 <= value <= 1:
                 raise ValueError(f"{key}: expected a share between 0 and 1, found {value}")
+            if f.name.startswith("adam_beta") and not 0 <= value < 1:
+                raise ValueError(f"{key}: expected a number in [0, 1), found {value}")
             zero = share or f.name in may_be_zero
             if not 0 <= value < math.inf or (value == 0 and not zero):
                 raise ValueError(f"{key}: expected a positive number, found {value}")
@@ -241,7 +259,7 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
             raise UserError(f"{path}: no such config file")
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise UserError(f"{path}: not valid YAML: {_one_line(error)}") from None
         if not isinstance(values, dict):
             raise UserError(f"{path}: expected a mapping of keys, found {type(values).__name__}")
@@ -268,7 +286,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:
             text = rest.pop(0)
         try:
             pairs.append((key, yaml.safe_load(text)))
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # 2024-13-45 is a date to YAML, and no date
             raise UserError(f"--{key}: cannot read the value {text!r}") from None
     return pairs
 

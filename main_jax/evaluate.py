@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from etils import epath
@@ -15,6 +16,7 @@ from etils import epath
 from main_jax.align import pair_units
 from main_jax.finetune import arms, finetuned, kept_by_arm
 from main_jax.lm.train import mean_nll
+from main_jax.models import LanguageModel
 from main_jax.pairs import write_json
 from main_jax.prompts import Direction
 from main_jax.run import Run
@@ -38,16 +40,18 @@ def _held_out(run: Run) -> dict[str, Any]:
     examples = [e for u in units for e in u.examples]
     scored = run.rows("filter")
 
-    def nll(model) -> float | None:
-        value = mean_nll(model.decoder, model.params, examples, run.prompt.max_length)
-        return value if examples else None
+    def nll(load: Callable[[], LanguageModel]) -> float | None:
+        if not examples:
+            return None
+        model = load()
+        return mean_nll(model.decoder, model.params, examples, run.prompt.max_length)
 
     results: dict[str, Any] = {"arms": {}}
-    results["base"] = {"validation_nll_nats_per_token": nll(run.base.model())}
+    results["base"] = {"validation_nll_nats_per_token": nll(run.base.model)}
     for arm in arms(run):
         results["arms"][arm] = {
             "kept_pairs": int(kept_by_arm(run, arm).sum()),
-            "validation_nll_nats_per_token": nll(finetuned(run, arm)),
+            "validation_nll_nats_per_token": nll(lambda arm=arm: finetuned(run, arm)),
         }
     reasons = Counter(row["drop_reason"] or "kept" for row in scored)
     results["pairs"] = {

@@ -43,7 +43,6 @@ class Score:
 
     formula: Callable[[PairScores], np.ndarray]
     keep: Literal["low", "high"]
-    origin: str
     eligible: Callable[[np.ndarray], np.ndarray] | None = None
 
 
@@ -68,35 +67,27 @@ def _uniform(p: PairScores) -> np.ndarray:
 
 
 SCORES: dict[str, Score] = {
-    "forward_ce": Score(lambda p: p.forward, "low", "the most literal reading of MAIN"),
-    "reverse_ce": Score(lambda p: p.reverse, "low", "its mirror image"),
-    "mutual": Score(
-        lambda p: np.maximum(_rank(p.forward), _rank(p.reverse)),
-        "low",
-        "ours: a pair is as good as its worse direction",
-    ),
-    "mutual_z": Score(lambda p: _z(p.forward) + _z(p.reverse), "low", "ours"),
-    "mutual_sum": Score(lambda p: p.forward + p.reverse, "low", "ours"),
-    "dual_ce": Score(_dual, "high", "dual conditional cross-entropy, Junczys-Dowmunt 2018"),
-    "pmi": Score(lambda p: p.response - p.forward, "high", "mutual information per response token"),
-    "ifd": Score(
-        lambda p: np.exp(p.forward - p.response),
-        "high",
-        "Superfiltering, Selective Reflection: keeps hard pairs",
-        eligible=lambda score: score < 1,
-    ),
-    "ifd_ratio": Score(
-        lambda p: p.forward / p.response,
-        "high",
-        "Cherry_LLM",
-        eligible=lambda score: score <= 1,
-    ),
-    "reverse_ifd": Score(
-        lambda p: np.exp(p.reverse - p.instruction), "low", "Selective Reflection"
-    ),
-    "length": Score(lambda p: p.response_tokens.astype(float), "high", "baseline"),
-    "random": Score(_uniform, "low", "baseline"),
-    "none": Score(lambda p: np.zeros(len(p.ids)), "low", "baseline: keeps the whole pool"),
+    # The most literal reading of MAIN, and its mirror image.
+    "forward_ce": Score(lambda p: p.forward, "low"),
+    "reverse_ce": Score(lambda p: p.reverse, "low"),
+    # Ours: a pair is as good as its worse direction.
+    "mutual": Score(lambda p: np.maximum(_rank(p.forward), _rank(p.reverse)), "low"),
+    "mutual_z": Score(lambda p: _z(p.forward) + _z(p.reverse), "low"),
+    "mutual_sum": Score(lambda p: p.forward + p.reverse, "low"),
+    # Dual conditional cross-entropy, Junczys-Dowmunt 2018.
+    "dual_ce": Score(_dual, "high"),
+    # Pointwise mutual information, per response token.
+    "pmi": Score(lambda p: p.response - p.forward, "high"),
+    # Superfiltering, Selective Reflection: keeps hard pairs.
+    "ifd": Score(lambda p: np.exp(p.forward - p.response), "high", lambda score: score < 1),
+    # Cherry_LLM.
+    "ifd_ratio": Score(lambda p: p.forward / p.response, "high", lambda score: score <= 1),
+    # Selective Reflection.
+    "reverse_ifd": Score(lambda p: np.exp(p.reverse - p.instruction), "low"),
+    # Baselines.
+    "length": Score(lambda p: p.response_tokens.astype(float), "high"),
+    "random": Score(_uniform, "low"),
+    "none": Score(lambda p: np.zeros(len(p.ids)), "low"),
 }
 
 
@@ -184,7 +175,7 @@ def keep_by(table: pa.Table, name: str, how: str, amount: float) -> np.ndarray:
 def with_filter(table: pa.Table, name: str, how: str, amount: float, seed: int) -> pa.Table:
     """The table with all score columns, `keep`, and `drop_reason = filter_<name>` for what is cut."""
     for column, values in score_columns(table, seed).items():
-        field = pa.array(values, mask=np.isnan(values))
+        field = pa.array(values, mask=~np.isfinite(values))
         table = _set_column(table, column, field)
     pool, kept = pool_of(table), keep_by(table, name, how, amount)
     reasons = np.asarray(table["drop_reason"].to_pylist(), object)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from main_jax.config import Runtime
@@ -52,16 +51,6 @@ class Checkpoint:
                 f"{self.decoder.config.vocab_size}"
             )
         return Prompt(tokenizer, template, max_length, strategy, hf.stop_ids(self.path))
-
-
-def check_directory(path: str, key: str) -> str:
-    """The path of a checkpoint directory, or UserError naming the argument `key`."""
-    found = Path(path).expanduser()
-    if not found.exists():
-        raise UserError(f"{key}: {path}: no such directory; give a local Hugging Face checkpoint")
-    if not found.is_dir():
-        raise UserError(f"{key}: {path}: is a file, expected a checkpoint directory")
-    return str(found)
 
 
 def open_checkpoint(path: str, runtime: Runtime) -> Checkpoint:

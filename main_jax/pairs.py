@@ -271,8 +271,12 @@ def write_jsonl(path: epath.PathLike, rows: Sequence[dict]) -> None:
 
 def write_json(path: epath.PathLike, value: Any) -> None:
     """Writes indented JSON, atomically."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: epath.PathLike, text: str) -> None:
+    """Writes UTF-8 text, atomically."""
+    write_atomically(path, lambda temporary: temporary.write_bytes(text.encode()))
 
 
 def read_parts(directory: epath.PathLike) -> pa.Table:
@@ -302,6 +306,12 @@ def map_chunks(
         if not path.exists():
             write_table(path, table_of(function(chunk)))
     return read_parts(directory)
+
+
+def rows_done(directory: epath.PathLike, chunk_rows: int, total: int) -> int:
+    """How many of `total` rows `map_chunks` has already committed."""
+    parts = len(list(epath.Path(directory).glob("part-*.parquet")))
+    return min(parts * chunk_rows, total)
 
 
 def chunks(rows: Sequence[dict], size: int) -> Iterator[Sequence[dict]]:

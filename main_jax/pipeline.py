@@ -7,7 +7,6 @@ execute(run)                # or run.execute("score") for one stage
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 
@@ -17,17 +16,19 @@ from etils import epath
 from main_jax import pairs
 from main_jax.align import align, trained
 from main_jax.augment import write_side
+from main_jax.checks import check_directory, check_file, check_output, check_room
 from main_jax.config import Config
 from main_jax.errors import UserError
 from main_jax.evaluate import evaluate
 from main_jax.filter import with_filter
 from main_jax.finetune import arms, finetune
 from main_jax.lm.progress import track
-from main_jax.models import LanguageModel, check_directory
+from main_jax.models import LanguageModel
 from main_jax.prepare import prepare
 from main_jax.prompts import Direction
 from main_jax.run import Run, Stage, derive_seed, files_below, versions
 from main_jax.score import score_rows
+from main_jax.world import WORLD_POSITIONS
 
 # ------------------------------------------------------------------------------------------- stages
 
@@ -55,7 +56,8 @@ def augment(run: Run, out: epath.Path) -> dict[str, int]:
             batch_size=runtime.generation_batch_size, on_done=bar.advance,
         )  # fmt: skip
 
-    with track("augment", len(rows), "rows") as bar:
+    done = pairs.rows_done(out / "data", runtime.chunk_rows, len(rows))
+    with track("augment", len(rows), "rows", done) as bar:
         table = pairs.map_chunks(rows, out / "data", runtime.chunk_rows, write)
     return _reasons(table.to_pylist(), "pairs")
 
@@ -73,7 +75,8 @@ def score(run: Run, out: epath.Path) -> dict[str, int]:
         bar.advance(len(chunk))
         return scored
 
-    with track("score", len(rows), "pairs") as bar:
+    done = pairs.rows_done(out / "data", run.config.runtime.chunk_rows, len(rows))
+    with track("score", len(rows), "pairs", done) as bar:
         table = pairs.map_chunks(rows, out / "data", run.config.runtime.chunk_rows, score_chunk)
     return _reasons(table.to_pylist(), "pairs")
 
@@ -119,75 +122,61 @@ def open_run(config: Config) -> Run:
         keys = {
             "model_name_or_path": config.model_name_or_path,
             "data.seed_path": config.data.seed_path,
+            "data.responses_path": config.data.responses_path,
         }
-        keys |= {"data.responses_path": config.data.responses_path}
         for key, value in keys.items():
             if not value:
                 raise UserError(f"{key} is not set; give it in the config or as --{key} PATH")
         check_directory(run.input_path("model"), "model_name_or_path")
         for key, name in (("data.seed_path", "seed"), ("data.responses_path", "responses")):
             check_file(run.input_path(name), key)
+    _ = run.template
     check_output(run.path, "output_dir")
-    if not run.world:
-        _ = run.prompt  # opens and checks the model and its tokenizer
-        positions = run.base.decoder.config.max_position_embeddings
-        for key in ("align", "augment"):
-            new = getattr(config, key).sampling.max_new_tokens
-            if new >= positions:
-                raise UserError(
-                    f"{key}.sampling.max_new_tokens {new} leaves no room for a prompt; "
-                    f"the model has {positions} positions"
-                )
+    if run.world:
+        check_lengths(config, WORLD_POSITIONS)
+    else:
+        check_lengths(config, run.base.decoder.config.max_position_embeddings)
+        _ = run.prompt  # opens and checks the tokenizer
     _check_room(run)
-    run.path.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True)
-    pairs.write_atomically(run.path / "config.yaml", lambda path: path.write_text(text))
     return run
 
 
-def execute(run: Run, stage: str | None = None) -> None:
-    """Runs all stages, or one; after the last, writes and prints the results."""
+def execute(run: Run, stage: str | None = None, show_example: bool = False) -> None:
+    """Runs all stages, or one; after the last, writes the results.
+
+    `show_example` prints the first pair as tokens as soon as it is prepared.
+    """
+    if stage == "prepare" and run.world:
+        execute(run, "world")
+    if stage is not None:
+        run.check_needs(stage)
+    text = yaml.safe_dump(run.config.as_dict(), sort_keys=False, allow_unicode=True)
+    pairs.write_text(run.path / "config.yaml", text)
     for name in run.stages if stage is None else [stage]:
         run.execute(name)
         manifest = {"versions": versions(), "stages": list(run.stages), "seconds": run.seconds()}
         pairs.write_json(run.path / "manifest.json", manifest)
+        if show_example and name in ("prepare", stage):
+            print((run.directory("prepare") / "example.txt").read_text(encoding="utf-8"))
     if stage in (None, "evaluate"):
         results = json.loads((run.directory("evaluate") / "results.json").read_text())
         pairs.write_json(run.path / "results.json", results | {"seconds": run.seconds()})
 
 
-def check_file(path: str, key: str) -> None:
-    """Raises UserError unless `path` is a file."""
-    file = epath.Path(path)
-    if not file.exists():
-        raise UserError(f"{key}: {path}: no such file")
-    if file.is_dir():
-        raise UserError(f"{key}: {path}: is a directory, expected a .jsonl or .parquet file")
-
-
-def check_output(path: epath.PathLike, key: str) -> None:
-    """Raises UserError when a file stands where a folder is needed."""
-    at = epath.Path(path)
-    for folder in (at, *at.parents):
-        if folder.exists():
-            if not folder.is_dir():
-                raise UserError(f"{key}: {folder} is a file, expected a directory")
-            return
-
-
-def check_room(path: epath.PathLike, needed: int, what: str) -> None:
-    """Raises UserError when the disk of `path` has fewer than `needed` bytes free."""
-    at = epath.Path(path).absolute()
-    if "://" in str(path):
-        return  # object stores have no end
-    while not at.exists():
-        at = at.parent
-    free = shutil.disk_usage(at).free
-    if free < needed:
+def check_lengths(config: Config, positions: int) -> None:
+    """Raises UserError when examples or generated texts are longer than the model has positions."""
+    if config.prompt.max_length > positions:
         raise UserError(
-            f"{path}: {what} needs about {needed / 1e6:,.0f} MB, only {free / 1e6:,.0f} MB are free "
-            "on that disk; free some or choose another place"
+            f"prompt.max_length {config.prompt.max_length} is more than the model's "
+            f"max_position_embeddings {positions}; set it to at most {positions}"
         )
+    for key in ("align", "augment", "evaluate"):
+        new = getattr(config, key).sampling.max_new_tokens
+        if new >= positions:
+            raise UserError(
+                f"{key}.sampling.max_new_tokens {new} leaves no room for a prompt; "
+                f"the model has {positions} positions"
+            )
 
 
 def _check_room(run: Run) -> None:
@@ -204,7 +193,8 @@ def _check_room(run: Run) -> None:
             + config.world.num_layers * 12 * config.world.hidden_size**2
         )
         files = 2_000_000
-    written = sum(file.stat().length for file in files_below(run.path))
+    current = [run.directory(name) for name in run.stages if run.is_current(name)]
+    written = sum(file.stat().length for folder in current for file in files_below(folder))
     needed = 4 * parameters * (finals + 6) + 6 * files + 20_000_000
     check_room(run.path, max(0, needed - written), "the run")
 

@@ -21,7 +21,8 @@ from main_jax.score import hard_drop
 
 def prepare(run: Run, out: epath.Path) -> dict[str, int]:
     """Writes the tables `seed`, `validation` (held-out seed pairs) and `responses`, and `example.txt`."""
-    prompt, data = run.prompt, run.config.data
+    data = run.config.data
+    prompt = run.prompt_with(run.config.prompt.excess_length_strategy)
     seed_path, responses_path = run.input_path("seed"), run.input_path("responses")
     seed = pairs.read_pairs(seed_path)
     responses = pairs.read_responses(responses_path)
@@ -47,7 +48,7 @@ def prepare(run: Run, out: epath.Path) -> dict[str, int]:
         ]
         pairs.map_chunks(rows, out / "data" / name, run.config.runtime.chunk_rows, list)
     shown = [prompt.show(d, pairs.joined_instruction(first), first["response"]) for d in Direction]
-    pairs.write_atomically(out / "example.txt", lambda p: p.write_text("\n\n".join(shown) + "\n"))
+    pairs.write_text(out / "example.txt", "\n\n".join(shown) + "\n")
     return counts | {"validation_pairs": len(tables["validation"])}
 
 
@@ -85,5 +86,11 @@ def _check_drops(name: str, path: str, rows: Sequence[dict], limit: float) -> di
 
 
 def _held_out(rows: Sequence[dict], share: float, seed: int) -> set[str]:
-    order = np.random.default_rng(derive_seed(seed, "validation")).permutation(len(rows))
-    return {rows[i]["id"] for i in order[: int(share * len(rows) + 0.5)]}
+    """Ids of about `share` of the rows; all copies of a pair go together, or training would see them."""
+    copies: dict[tuple, list[str]] = {}
+    for row in rows:
+        key = (pairs.joined_instruction(row), row["response"])
+        copies.setdefault(key, []).append(row["id"])
+    groups = list(copies.values())
+    order = np.random.default_rng(derive_seed(seed, "validation")).permutation(len(groups))
+    return {row_id for i in order[: int(share * len(groups) + 0.5)] for row_id in groups[i]}

@@ -95,15 +95,16 @@ class Prompt:
         if template == "chat":
             self.frames = self._chat_frames()
         else:
-            self.frames = self._plain_frames(_texts(template))
+            texts = resolve_template(template)
+            self.frames = self._plain_frames(PLAIN if texts == "plain" else texts)
         self.stop_ids = tuple(sorted({self.end, tokenizer.eos_token_id, *stop_ids}))
 
     # ------------------------------------------------------------------------------------- templates
 
-    def _plain_frames(self, texts: dict | None) -> dict[Direction, Frame]:
+    def _plain_frames(self, texts: Any) -> dict[Direction, Frame]:
         bos = self.tokenizer.bos_token_id
         first = [self.tokenizer.eos_token_id if bos is None else bos]
-        if texts is None:
+        if texts == "none":
             return {d: Frame(first, []) for d in Direction}
         return {
             d: Frame(first + self.encode(texts[d]["before"]), self.encode(texts[d]["after"]))
@@ -154,11 +155,14 @@ class Prompt:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens added."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.encode_all([text])[0]
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts at once, which is faster."""
-        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+        if not texts:
+            return []
+        # verbose=False: how long a text may be is ours to say, in one place.
+        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids; special tokens and ids that the tokenizer lacks decode to nothing."""
@@ -200,12 +204,17 @@ class Prompt:
         Under `truncate` the condition is cut from its end instead.
         """
         prefix, suffix = self.frames[direction]
-        room = limit - len(prefix) - len(suffix)
+        room = self.room(direction, limit)
         if len(condition) > room:
             if self.strategy != "truncate" or room < 1:
                 return None
             condition = condition[:room]
         return np.asarray([*prefix, *condition, *suffix], np.int32)
+
+    def room(self, direction: Direction, limit: int) -> int:
+        """How many tokens of a condition a prompt of at most `limit` tokens holds."""
+        prefix, suffix = self.frames[direction]
+        return limit - len(prefix) - len(suffix)
 
     def show(self, direction: Direction, instruction: str, response: str) -> str:
         """One example for people: every token with its id, the target marked."""
@@ -226,12 +235,13 @@ def _example(condition: list[int], target: list[int]) -> Example:
     return Example(tokens, np.arange(len(tokens)) >= len(condition))
 
 
-def _texts(template: str | dict) -> dict | None:
-    """The before/after texts of a template by name, path or value; None for `none`."""
-    if template == "none":
-        return None
-    if template == "plain":
-        return PLAIN
+def resolve_template(template: str | dict) -> str | dict:
+    """A template by name as it is, one by path or value as its checked before/after texts.
+
+    Raises UserError: neither a known name nor a file, or a text is missing.
+    """
+    if template in ("auto", "chat", "plain", "none"):
+        return template
     source = "prompt.template"
     if isinstance(template, str):
         source = template

@@ -88,26 +88,32 @@ class Run:
 
     @cached_property
     def prompt(self) -> Prompt:
-        """The one template of the run."""
-        settings = self.config.prompt
-        return self.base.prompt(
-            settings.template, settings.max_length, settings.excess_length_strategy
-        )
+        """The one template of the run.
+
+        `excess_length_strategy: raise` is for the user's rows, which `prepare` checks; a generated text
+        nobody can mend, so a pair that it makes too long is dropped.
+        """
+        strategy = self.config.prompt.excess_length_strategy
+        return self.prompt_with("drop" if strategy == "raise" else strategy)
+
+    def prompt_with(self, excess_length_strategy: str) -> Prompt:
+        """The template with a strategy of its own."""
+        length = self.config.prompt.max_length
+        return self.base.prompt(self.template, length, excess_length_strategy)
+
+    @cached_property
+    def template(self) -> str | dict:
+        """The configured template, read from its file where it is a path."""
+        from main_jax.prompts import resolve_template
+
+        return resolve_template(self.config.prompt.template)
 
     # -------------------------------------------------------------------------------- running stages
 
     def execute(self, name: str) -> None:
         """Runs one stage, or says that it is done. Raises UserError when an earlier one is missing."""
+        self.check_needs(name)
         stage, directory = self.stages[name], self.directory(name)
-        for needed in stage.needs:
-            manifest = self._manifest(needed)
-            if manifest.get("status") != "done" or manifest["fingerprint"] != self.fingerprint(
-                needed
-            ):
-                raise UserError(
-                    f"stage {name} needs stage {needed}, which is not done for this configuration; "
-                    f"run `main-jax {needed} CONFIG` or `main-jax run CONFIG` first"
-                )
         fingerprint, old = self.fingerprint(name), self._manifest(name)
         if old and old["fingerprint"] != fingerprint:
             if any(file.name != "manifest.json" for file in files_below(directory)):
@@ -142,6 +148,19 @@ class Run:
         shown = ", ".join(f"{n:,} {key.replace('_', ' ')}" for key, n in counts.items())
         say(f"{name}: done in {seconds:.0f} s{': ' if shown else ''}{shown}")
 
+    def check_needs(self, name: str) -> None:
+        """Raises UserError when a stage that this one reads is not done for this configuration."""
+        for needed in self.stages[name].needs:
+            if not (self.is_current(needed) and self._manifest(needed)["status"] == "done"):
+                raise UserError(
+                    f"stage {name} needs stage {needed}, which is not done for this configuration; "
+                    f"run `main-jax {needed} CONFIG` or `main-jax run CONFIG` first"
+                )
+
+    def is_current(self, name: str) -> bool:
+        """Whether what is there of a stage, finished or not, belongs to this configuration."""
+        return self._manifest(name).get("fingerprint") == self.fingerprint(name)
+
     def seconds(self) -> dict[str, float]:
         """Seconds of every stage that is done."""
         done = {name: self._manifest(name) for name in self.stages}
@@ -166,6 +185,8 @@ class Run:
             sections["data"] = {
                 k: v for k, v in sections["data"].items() if not k.endswith("_path")
             }
+        if "prompt" in sections:  # so does a template file
+            sections["prompt"] = sections["prompt"] | {"template": self.template}
         return sections | {"seed": self.config.seed, "runtime": runtime}
 
     def _files(self, stage: Stage) -> dict[str, str]:
@@ -199,8 +220,8 @@ def derive_seed(seed: int, purpose: str) -> int:
 def digest(path: epath.Path) -> str:
     """sha256 of a file, or of a folder's files with their names.
 
-    Of a file above 64 MiB (weights) only the size, the first and last MiB and one MiB in sixteen evenly
-    spaced places are read.
+    Of a file above 64 MiB in a folder (weights) only the size, the first and last MiB and one MiB in
+    sixteen evenly spaced places are read.
     """
     found = hashlib.sha256()
     files = sorted(files_below(path))
@@ -210,8 +231,9 @@ def digest(path: epath.Path) -> str:
         found.update(f"{name}\0{size}\0".encode())
         block = 1 << 20
         with file.open("rb") as handle:
-            if size <= 64 * block:
-                found.update(handle.read())
+            if size <= 64 * block or file == path:
+                while chunk := handle.read(64 * block):
+                    found.update(chunk)
                 continue
             for i in range(18):
                 handle.seek((size - block) * i // 17)

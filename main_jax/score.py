@@ -54,7 +54,7 @@ def score_rows(
     A row that is empty or does not fit in both directions keeps null NLLs, `keep = false` and its
     reason.
     """
-    scored = [row | {"drop_reason": hard_drop(row), "truncated": False} for row in rows]
+    scored = [row | {"drop_reason": hard_drop(row)} for row in rows]
     sides = {Direction.FORWARD: forward, Direction.REVERSE: reverse}
     examples: dict[Direction, list] = {d: [] for d in Direction}
     members = []
@@ -74,7 +74,7 @@ def score_rows(
         row["drop_reason"] = next((r.drop_reason for r in rendered.values() if r.drop_reason), None)
         if row["drop_reason"]:
             continue
-        row["truncated"] = any(r.truncated for r in rendered.values())
+        row["truncated"] = any([row.get("truncated"), *(r.truncated for r in rendered.values())])
         members.append(row)
         for d, r in rendered.items():
             examples[d] += [r.example, r.unconditional]
@@ -86,4 +86,5 @@ def score_rows(
             row[f"{alone}_nll_sum"] = float(sums[2 * j + 1])
     for row in scored:
         row["keep"] = row["drop_reason"] is None
+        row["truncated"] = bool(row.get("truncated"))
     return scored

@@ -12,17 +12,19 @@ from etils import epath
 
 from main_jax import pairs
 from main_jax.augment import complete
+from main_jax.checks import check_directory, check_file, check_output, check_room
 from main_jax.config import Runtime
 from main_jax.errors import UserError
 from main_jax.filter import score_columns
 from main_jax.lm.generate import Sampling
 from main_jax.lm.progress import say, track
-from main_jax.models import Checkpoint, check_directory, open_checkpoint
-from main_jax.pipeline import check_file, check_output, check_room
-from main_jax.prompts import Direction
+from main_jax.models import Checkpoint, open_checkpoint
+from main_jax.prompts import Direction, resolve_template
 from main_jax.score import score_rows
 
 CHUNK_ROWS = 1024
+NOT_OURS = ("source", "origin", "round", "finish_reason")
+"""Columns of the pair table that scoring does not fill where the user has them."""
 
 
 def score_file(
@@ -36,6 +38,7 @@ def score_file(
     excess_length_strategy: str = "drop",
     tokens_per_batch: int = 8192,
     seed: int = 0,
+    show_example: bool = False,
 ) -> None:
     """Writes `data` with the NLLs in both directions and every filter score.
 
@@ -44,10 +47,11 @@ def score_file(
     """
     data, output = (str(epath.Path(path).expanduser()) for path in (data, output))
     _check_paths(data, output, forward_model=forward_model, reverse_model=reverse_model)
+    resolve_template(template)
     paths = (forward_model, reverse_model or forward_model)
     opened: dict[str, Checkpoint] = {}
-    for path in paths:
-        opened.setdefault(path, open_checkpoint(check_directory(path, "model"), Runtime()))
+    for path in dict.fromkeys(paths):
+        opened[path] = open_checkpoint(check_directory(path, "model"), Runtime())
     templates = {}
     for path, checkpoint in opened.items():
         limit = max_length or min(2048, checkpoint.decoder.config.max_position_embeddings)
@@ -56,6 +60,14 @@ def score_file(
     check_room(output, 4 * epath.Path(data).stat().length + 1_000_000, "the output")
     if output.endswith(".parquet"):
         user_table(output, [row["raw"] for row in rows])  # better now than after the work
+    if show_example:
+        for direction, path in zip(Direction, paths, strict=True):
+            first = rows[0]
+            print(
+                templates[path].show(
+                    direction, pairs.joined_instruction(first), first["response"] or ""
+                )
+            )
     loaded = {path: (checkpoint.model(), templates[path]) for path, checkpoint in opened.items()}
     forward, reverse = (loaded[path] for path in paths)
     scored: list[dict] = []
@@ -65,7 +77,9 @@ def score_file(
             bar.advance(len(chunk))
     table = pairs.table_of([{k: row.get(k) for k in pairs.COLUMNS} for row in scored])
     for name, values in score_columns(table, seed).items():
-        table = table.append_column(name, pa.array(values, mask=np.isnan(values)))
+        table = table.append_column(name, pa.array(values, mask=~np.isfinite(values)))
+    theirs = dict.fromkeys(name for row in rows for name in row["raw"])
+    table = table.drop_columns([name for name in NOT_OURS if name in theirs])
     own = [{k: v for k, v in row["raw"].items() if k not in table.column_names} for row in rows]
     if output.endswith(".parquet"):
         others = user_table(output, own)
@@ -99,6 +113,7 @@ def generate_file(
     """
     prompts, output = (str(epath.Path(path).expanduser()) for path in (prompts, output))
     _check_paths(prompts, output, model=model)
+    resolve_template(template)
     checkpoint = open_checkpoint(check_directory(model, "model"), Runtime())
     positions = checkpoint.decoder.config.max_position_embeddings
     if sampling.max_new_tokens >= positions:

@@ -17,6 +17,7 @@ training on human targets only is MAIN's (arXiv 2504.12913); the rules below are
 | softmax(temperature) | w_i ∝ v_i·exp(−L_i/τ) over all rows |
 | seed_softmax(temperature) | the same over the seed rows only: the control, plain loss trimming |
 
+α of the two ratios is 1/2 in a training's first step; the EMAs (`decay`) start at the first losses seen.
 Fields of an example: `weight` (v), `aligned` (bool), `unit` (rows of one pair share it), `valid`.
 """
 

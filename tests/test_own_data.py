@@ -197,7 +197,7 @@ def test_the_whole_pipeline(own, tmp_path, capsys):
     dropped = {r["response"][:6]: r["drop_reason"] for r in seed if r["drop_reason"]}
     assert dropped == {"nobody": "empty_instruction", "": "empty_response",
                        "null": "empty_instruction", "very v": "too_long"}  # fmt: skip
-    assert "seed.jsonl: 4 of 40 rows dropped" in err
+    assert "36 seed, 2 seed empty instruction, 1 seed empty response, 1 seed too long" in err
     assert "(empty_instruction 2, empty_response 1, too_long 1)" in err
     reasons = {r["id"]: r["drop_reason"] for r in rows(run, "score") if r["drop_reason"]}
     given = {r["id"]: r["content"] for r in response_rows()}

@@ -132,8 +132,9 @@ def pack_table(
         return
     lengths = [len(e.tokens) for e in examples]
     length = length_bucket(max(lengths), limit)
-    shape = Shape(max(1, budget // length), length, max(1, budget // length) * (length // 4))
-    rows = first_fit(lengths, length, max_items=length // 4)
+    rows_per_batch, most = max(1, budget // length), max(1, length // 4)
+    shape = Shape(rows_per_batch, length, rows_per_batch * most)
+    rows = first_fit(lengths, length, max_items=most)
     for i in range(0, len(rows), shape.rows):
         indices = [j for row in rows[i : i + shape.rows] for j in row]
         yield indices, collate([examples[j] for j in indices], shape)

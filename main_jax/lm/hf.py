@@ -150,6 +150,8 @@ def check_checkpoint(path: Path) -> DecoderConfig:
         for row in weights(config):
             for name in row.names(config):
                 tensors[name].check(row.their_shape(config))
+        if HEAD in tensors:
+            tensors[HEAD].check((config.vocab_size, config.hidden_size))
     return config
 
 

@@ -13,3 +13,6 @@ checked by exact judges instead of a model.
 
 The whole world is this project's own ("ours"); it is no part of the MAIN paper (arXiv 2504.12913).
 """
+
+WORLD_POSITIONS = 256
+"""Positions of the world's model, in tokens."""

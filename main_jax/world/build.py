@@ -22,6 +22,7 @@ from main_jax.lm.train import fit
 from main_jax.pairs import write_atomically, write_json
 from main_jax.run import Run, derive_seed
 from main_jax.weighting import Weighting
+from main_jax.world import WORLD_POSITIONS
 from main_jax.world.generate import make_world, pretraining_documents
 from main_jax.world.vocabulary import build_tokenizer, save_tokenizer
 
@@ -60,7 +61,7 @@ def _pretrain(run: Run, out: epath.Path) -> None:
         num_heads=4,
         num_kv_heads=2,
         head_dim=d // 4,
-        max_position_embeddings=256,
+        max_position_embeddings=WORLD_POSITIONS,
     )
     decoder = Decoder(config)
     bos, eos = (tokenizer.token_to_id(token) for token in ("<bos>", "<eos>"))
@@ -79,7 +80,7 @@ def _pretrain(run: Run, out: epath.Path) -> None:
         weighting=Weighting(strategy="constant"),
         seed=derive_seed(run.config.seed, "world/pretraining"),
         label="world pretraining",
-        limit=256,
+        limit=WORLD_POSITIONS,
     )
     params = load_params(out / "pretraining" / "checkpoints", decoder)
     special = {"bos_token_id": bos, "eos_token_id": eos}

@@ -23,7 +23,7 @@ from main_jax.filter import SCORES, keep_by, pool_of
 from main_jax.finetune import arms, finetuned, kept_by_arm
 from main_jax.lm.progress import track
 from main_jax.models import LanguageModel
-from main_jax.pairs import map_chunks, read_parts
+from main_jax.pairs import map_chunks, read_parts, rows_done
 from main_jax.prompts import Direction
 from main_jax.run import Run, derive_seed
 from main_jax.world.judge import exact_match, is_true_pair, reverse_correct
@@ -41,8 +41,7 @@ def measure(run: Run, out: epath.Path) -> dict[str, Any]:
     results: dict[str, Any] = {"arms": {}}
     for arm in arms(run):
         kept = kept_by_arm(run, arm)
-        precision = float(is_true[kept].mean()) if kept.any() else None
-        results["arms"][arm] = {"precision": precision} | _exact_match(run, out, arm)
+        results["arms"][arm] = {"precision": _mean(is_true[kept])} | _exact_match(run, out, arm)
     scored = [name for name in SCORES if name not in ("none", "random")]
     columns = {name: _oriented(table, name) for name in scored}
     results["auroc"] = {n: auroc(c[pool], is_true[pool]) for n, c in columns.items()}
@@ -52,9 +51,9 @@ def measure(run: Run, out: epath.Path) -> dict[str, Any]:
         for chosen in [pool & (is_true | (kinds == kind))]
     }
     results["reverse_accuracy"] = _reverse_accuracy(run, out, truth)
-    results["true_share"] = float(is_true[pool].mean())
+    results["true_share"] = _mean(is_true[pool])
     results["precision_at"] = {
-        str(share): {n: float(is_true[keep_by(table, n, "fraction", share)].mean()) for n in scored}
+        str(share): {n: _mean(is_true[keep_by(table, n, "fraction", share)]) for n in scored}
         for share in SHARES
     }
     return results
@@ -76,6 +75,10 @@ def auroc(score: np.ndarray, positive: np.ndarray) -> float | None:
         return None
     ranks = rankdata(score)
     return float((ranks[positive].sum() - p * (p + 1) / 2) / (p * (n - p)))
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) else None
 
 
 def _truth(run: Run) -> dict:
@@ -151,7 +154,8 @@ def _generate(
             batch_size=run.config.runtime.generation_batch_size, on_done=bar.advance,
         )  # fmt: skip
 
-    with track(f"evaluate {label}", len(rows), "rows") as bar:
+    done = rows_done(out / "data", run.config.runtime.chunk_rows, len(rows))
+    with track(f"evaluate {label}", len(rows), "rows", done) as bar:
         return map_chunks(rows, out / "data", run.config.runtime.chunk_rows, write).to_pylist()
 
 

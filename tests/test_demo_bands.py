@@ -61,7 +61,8 @@ def mean(results: list[dict]) -> dict:
 
 
 def one_world_bands(r: dict) -> dict[str, bool]:
-    """What holds in every world alone."""
+    """What every world must show. The differences of held-out figures, each with a standard error of
+    about .05, have a sign here and their size in the mean."""
     heldout = {arm: figures["heldout"] for arm, figures in r["arms"].items()}
     auroc = r["auroc"]
     return {
@@ -69,8 +70,8 @@ def one_world_bands(r: dict) -> dict[str, bool]:
         "mutual AUROC >= .85": auroc["mutual"] >= 0.85,
         "mutual AUROC > the better single direction + .01":
             auroc["mutual"] > max(auroc["forward_ce"], auroc["reverse_ce"]) + 0.01,
-        "held-out: mutual - none > .10": heldout["mutual"] - heldout["none"] > 0.10,
-        "held-out: mutual - random > .10": heldout["mutual"] - heldout["random"] > 0.10,
+        "held-out: mutual > none": heldout["mutual"] > heldout["none"],
+        "held-out: mutual > random": heldout["mutual"] > heldout["random"],
     }  # fmt: skip
 
 
@@ -78,7 +79,10 @@ def mean_bands(r: dict) -> dict[str, bool]:
     """What holds for the mean of three worlds."""
     precision = {arm: figures["precision"] for arm, figures in r["arms"].items()}
     truncated, pronoun = r["auroc_by_kind"]["truncated"], r["auroc_by_kind"]["pronoun"]
+    heldout = {arm: figures["heldout"] for arm, figures in r["arms"].items()}
     return one_world_bands(r) | {
+        "held-out: mutual - none > .10": heldout["mutual"] - heldout["none"] > 0.10,
+        "held-out: mutual - random > .10": heldout["mutual"] - heldout["random"] > 0.10,
         "forward beats reverse by >= .05 AUROC on truncated":
             truncated["forward_ce"] - truncated["reverse_ce"] >= 0.05,
         "reverse beats forward by >= .05 AUROC on pronoun":

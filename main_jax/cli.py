@@ -147,9 +147,10 @@ def _add_config(parser: argparse.ArgumentParser, optional: bool = False) -> None
 
 def run_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """`run`, or one stage of it."""
-    from main_jax.config import load_config
+    from main_jax.config import Config
+    from main_jax.strict_yaml import load_config
 
-    config = load_config(arguments.config, overrides)
+    config = load_config(Config, arguments.config, overrides)
     from main_jax import evaluate, pipeline
     from main_jax.lm.runtime import initialize
 

@@ -8,8 +8,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import pytest
 import yaml
 
-from main_jax.config import ALIASES, Config, WorldSettings, load_config, parse_overrides
+from main_jax.config import Config, WorldSettings
 from main_jax.errors import UserError
+from main_jax.strict_yaml import ALIASES, load_config, parse_overrides
 
 ROOT = Path(__file__).parent.parent
 CHOSEN: dict[str, Any] = {  # where a value of the right type is not enough
@@ -70,7 +71,7 @@ def value_at(config: Config, key: str) -> Any:
 def load(tmp_path: Path, text: str, *overrides: str) -> Config:
     path = tmp_path / "config.yaml"
     path.write_text(text, encoding="utf-8")
-    return load_config(str(path), overrides)
+    return load_config(Config, str(path), overrides)
 
 
 def refusal(tmp_path: Path, text: str, *overrides: str) -> str:
@@ -98,9 +99,9 @@ def test_every_key_can_be_set_in_yaml_and_overridden(key, tmp_path):
     written = load(tmp_path, yaml.safe_dump(nested(key, value)))
     assert value_at(written, key) == value
     text = yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
-    overridden = load_config(None, [f"--{key}", text])
+    overridden = load_config(Config, None, [f"--{key}", text])
     assert value_at(overridden, key) == value
-    assert overridden == written == load_config(None, [f"--{key}={text}"])
+    assert overridden == written == load_config(Config, None, [f"--{key}={text}"])
     rest = dataclasses.replace(
         Config(), world=WorldSettings() if key.startswith("world.") else None
     )
@@ -142,7 +143,7 @@ def test_as_dict_goes_through_yaml_and_back(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_shipped_config_loads(path):
-    assert load_config(str(path)).output_dir.startswith("runs/")
+    assert load_config(Config, str(path)).output_dir.startswith("runs/")
     assert len(path.read_text().splitlines()) < 60
 
 
@@ -151,7 +152,10 @@ def test_every_shipped_config_loads(path):
 
 def test_numbers_without_a_dot_and_empty_files(tmp_path):
     assert load(tmp_path, "align: {learning_rate: 1e-5}").align.learning_rate == 1e-5
-    assert load_config(None, ["--finetune.learning_rate", "2E-4"]).finetune.learning_rate == 2e-4
+    assert (
+        load_config(Config, None, ["--finetune.learning_rate", "2E-4"]).finetune.learning_rate
+        == 2e-4
+    )
     assert load(tmp_path, "align: {learning_rate: 1}").align.learning_rate == 1.0
     for text in ("", "# nothing\n", "---\n", "{}", "align:\nfilter:\n"):
         assert load(tmp_path, text) == Config()
@@ -179,7 +183,7 @@ def test_aliases(tmp_path):
     assert config.prompt.max_length == 77
     assert config.finetune.per_device_train_batch_size == 5
     for alias in ("sequence_len", "max_seq_length"):
-        assert load_config(None, [f"--prompt.{alias}", "9"]).prompt.max_length == 9
+        assert load_config(Config, None, [f"--prompt.{alias}", "9"]).prompt.max_length == 9
     names = {key.rsplit(".")[-1] for key in KEYS}
     assert set(ALIASES.values()) <= names
     assert not set(ALIASES) & names
@@ -277,7 +281,7 @@ def test_mistakes_are_named_in_one_line(text, expected, tmp_path):
 )
 def test_mistakes_in_overrides(overrides, expected):
     with pytest.raises(UserError) as caught:
-        load_config(None, overrides)
+        load_config(Config, None, overrides)
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -285,10 +289,10 @@ def test_mistakes_in_overrides(overrides, expected):
 def test_unreadable_config_files(tmp_path):
     for path in (tmp_path / "none.yaml", tmp_path):
         with pytest.raises(UserError, match="no such config file"):
-            load_config(str(path))
+            load_config(Config, str(path))
     (tmp_path / "latin.yaml").write_bytes("output_dir: caf\xe9".encode("latin-1"))
     with pytest.raises(UserError, match="not valid YAML"):
-        load_config(str(tmp_path / "latin.yaml"))
+        load_config(Config, str(tmp_path / "latin.yaml"))
 
 
 def test_a_threshold_may_be_any_score_but_counts_are_whole(tmp_path):

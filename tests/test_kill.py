@@ -31,6 +31,7 @@ KILLS = 3
 LIMIT_S = 240
 SHORT = {
     "world.documents": 2000,
+    "world.hidden_size": 32,
     "world.pretraining.max_steps": 30,
     "world.responses": 200,
     "world.seed_pairs": 60,

@@ -17,14 +17,13 @@ from typing import Any
 
 from etils import epath
 
-from main_jax.augment import write_side
+from main_jax.augment import write_chunks
 from main_jax.config import Align
 from main_jax.lm.batches import Unit
 from main_jax.lm.checkpoint import load_params
-from main_jax.lm.progress import track
 from main_jax.lm.train import TrainingSettings, fit
 from main_jax.models import Checkpoint, LanguageModel
-from main_jax.pairs import joined_instruction, map_chunks, rows_done
+from main_jax.pairs import joined_instruction
 from main_jax.prompts import Direction, Prompt, Rendered
 from main_jax.run import Run, derive_seed
 
@@ -97,25 +96,17 @@ def write_conditions(
     writes = OTHER[direction]
     _, side = writes.sides("instructions", "responses")
     name = f"round-{k}/{side}"
-    writer: list[LanguageModel] = []
 
-    def write(chunk: Sequence[dict]) -> list[dict]:
-        if not writer:
-            writer.append(trained(out, f"round-{writer_round}", writes, run.base))
-        written = write_side(
-            chunk, writes, writer[0], run.prompt, run.config.align.sampling,
-            seed=derive_seed(run.config.seed, f"align/{name}"),
-            batch_size=run.config.runtime.generation_batch_size, on_done=bar.advance,
-        )  # fmt: skip
+    def drop_unfit(written: list[dict]) -> list[dict]:
         for row, rendered in zip(written, render_rows(written, direction, run.prompt), strict=True):
             row["drop_reason"] = rendered.drop_reason
         return written
 
-    fresh = [row | {"origin": "aligned", "round": k} for row in rows]
-    done = rows_done(out / name / "data", run.config.runtime.chunk_rows, len(rows))
-    with track(f"align {name}", len(rows), "rows", done) as bar:
-        table = map_chunks(fresh, out / name / "data", run.config.runtime.chunk_rows, write)
-    return table.to_pylist()
+    return write_chunks(
+        run, out / name, [row | {"origin": "aligned", "round": k} for row in rows], writes,
+        lambda: trained(out, f"round-{writer_round}", writes, run.base), run.config.align.sampling,
+        purpose=f"align/{name}", label=f"align {name}", finish=drop_unfit,
+    )  # fmt: skip
 
 
 def pair_units(

@@ -1,18 +1,23 @@
 """Step 2: the reverse model writes an instruction for every unlabelled response.
 
-The same function serves the alignment rounds, where either model writes the condition of a seed pair, and
-`complete` every other use of generation.
+`write_chunks` serves every stage that generates: also the alignment rounds, where either model writes the
+condition of a seed pair. `complete` is what lies below it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
+from etils import epath
+
 from main_jax.lm.generate import Sampling, generate
+from main_jax.lm.progress import track
 from main_jax.models import LanguageModel
-from main_jax.pairs import joined_instruction
+from main_jax.pairs import joined_instruction, map_chunks, rows_done
 from main_jax.prompts import Direction, Prompt
+from main_jax.run import Run, derive_seed
 
 
 class Completion(NamedTuple):
@@ -92,3 +97,42 @@ def write_side(
             row["drop_reason"] = None if text else f"empty_{written}"
         done.append(row)
     return done
+
+
+def write_chunks(
+    run: Run,
+    out: epath.Path,
+    rows: Sequence[dict],
+    direction: Direction,
+    load: Callable[[], LanguageModel],
+    sampling: Sampling,
+    *,
+    purpose: str,
+    label: str,
+    finish: Callable[[list[dict]], list[dict]] = lambda rows: rows,
+) -> list[dict]:
+    """`write_side` in committed chunks under `out/data`, with a progress bar; resumes.
+
+    Args:
+        run: gives the template, the chunk size and the seed.
+        out: where `data/part-*.parquet` go.
+        rows: see `write_side`.
+        direction: which side is written.
+        load: gives the writer; called only when a chunk is missing.
+        sampling: how tokens are drawn.
+        purpose: what the seed is derived for.
+        label: what the bar is called.
+        finish: a last look at the rows of a chunk before they are committed.
+    """
+    load, runtime = cache(load), run.config.runtime
+    seed = derive_seed(run.config.seed, purpose)
+
+    def write(chunk: Sequence[dict]) -> list[dict]:
+        return finish(write_side(
+            chunk, direction, load(), run.prompt, sampling,
+            seed=seed, batch_size=runtime.generation_batch_size, on_done=bar.advance,
+        ))  # fmt: skip
+
+    done = rows_done(out / "data", runtime.chunk_rows, len(rows))
+    with track(label, len(rows), "rows", done) as bar:
+        return map_chunks(rows, out / "data", runtime.chunk_rows, write).to_pylist()

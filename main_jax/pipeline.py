@@ -1,7 +1,7 @@
 """The steps in order: prepare -> align -> augment -> score -> filter -> finetune -> evaluate.
 
 run = open_run(config)      # checks paths, then the model, then the room on the disk
-execute(run)                # or run.execute("score") for one stage
+execute(run)                # or execute(run, "score") for one stage
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 
 import yaml
 from etils import epath
 
 from main_jax import pairs
 from main_jax.align import align, trained
-from main_jax.augment import write_side
+from main_jax.augment import write_chunks
 from main_jax.checks import check_directory, check_file, check_output, check_room
 from main_jax.config import Config
 from main_jax.errors import UserError
@@ -26,7 +27,7 @@ from main_jax.lm.progress import track
 from main_jax.models import LanguageModel
 from main_jax.prepare import prepare
 from main_jax.prompts import Direction
-from main_jax.run import Run, Stage, derive_seed, files_below, versions
+from main_jax.run import Run, Stage, files_below, versions
 from main_jax.score import score_rows
 from main_jax.world import WORLD_POSITIONS
 
@@ -42,36 +43,29 @@ def build_world(run: Run, out: epath.Path) -> dict[str, int]:
 
 def augment(run: Run, out: epath.Path) -> dict[str, int]:
     """The aligned reverse model writes an instruction for every unlabelled response."""
-    settings, runtime = run.config.augment, run.config.runtime
-    rows = [row | {"round": run.config.align.rounds} for row in run.rows("prepare", "responses")]
-    model: list[LanguageModel] = []
-
-    def write(chunk: Sequence[dict]) -> list[dict]:
-        if not model:
-            last = f"round-{run.config.align.rounds}"
-            model.append(trained(run.directory("align"), last, Direction.REVERSE, run.base))
-        return write_side(
-            chunk, Direction.REVERSE, model[0], run.prompt, settings.sampling,
-            seed=derive_seed(run.config.seed, "augment"),
-            batch_size=runtime.generation_batch_size, on_done=bar.advance,
-        )  # fmt: skip
-
-    done = pairs.rows_done(out / "data", runtime.chunk_rows, len(rows))
-    with track("augment", len(rows), "rows", done) as bar:
-        table = pairs.map_chunks(rows, out / "data", runtime.chunk_rows, write)
-    return _reasons(table.to_pylist(), "pairs")
+    last = f"round-{run.config.align.rounds}"
+    rows = write_chunks(
+        run, out,
+        [row | {"round": run.config.align.rounds} for row in run.rows("prepare", "responses")],
+        Direction.REVERSE,
+        lambda: trained(run.directory("align"), last, Direction.REVERSE, run.base),
+        run.config.augment.sampling, purpose="augment", label="augment",
+    )  # fmt: skip
+    return _reasons(rows, "pairs")
 
 
 def score(run: Run, out: epath.Path) -> dict[str, int]:
     """Both aligned models score every augmented pair."""
     rows = run.rows("augment")
-    models: list[tuple] = []
+    last, stage = f"round-{run.config.align.rounds}", run.directory("align")
+
+    @cache
+    def model(direction: Direction) -> LanguageModel:
+        return trained(stage, last, direction, run.base)
 
     def score_chunk(chunk: Sequence[dict]) -> list[dict]:
-        if not models:
-            last, stage = f"round-{run.config.align.rounds}", run.directory("align")
-            models.extend((trained(stage, last, d, run.base), run.prompt) for d in Direction)
-        scored = score_rows(chunk, models[0], models[1], run.config.score.tokens_per_batch)
+        forward, reverse = ((model(d), run.prompt) for d in Direction)
+        scored = score_rows(chunk, forward, reverse, run.config.score.tokens_per_batch)
         bar.advance(len(chunk))
         return scored
 
@@ -187,11 +181,10 @@ def _check_room(run: Run) -> None:
         parameters = run.base.decoder.config.num_params()
         files = sum(epath.Path(run.input_path(n)).stat().length for n in ("seed", "responses"))
     else:
-        finals += 2
-        parameters = (
-            400 * config.world.hidden_size
-            + config.world.num_layers * 12 * config.world.hidden_size**2
-        )
+        from main_jax.world.build import decoder_config
+
+        finals += 2  # the base model: its checkpoint and its Hugging Face form
+        parameters = decoder_config(config.world).num_params()
         files = 2_000_000
     current = [run.directory(name) for name in run.stages if run.is_current(name)]
     written = sum(file.stat().length for folder in current for file in files_below(folder))

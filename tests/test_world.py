@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from main_jax.world import grammar
 from main_jax.world.generate import KIND_SHARES, World, make_world, pretraining_documents
@@ -503,10 +504,9 @@ def test_special_tokens_come_first():
 
 
 def test_transformers_loads_the_saved_tokenizer(tmp_path, world: World):
-    transformers = pytest.importorskip("transformers")
     save_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 256}))
-    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    loaded = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
     ours = build_tokenizer()
     assert loaded.get_vocab() == ours.get_vocab()
     for token in ("unk", "bos", "eos", "pad"):

@@ -24,7 +24,7 @@ from main_jax.lm.checkpoint import Checkpoints
 from main_jax.lm.loss import example_nll
 from main_jax.lm.model import Decoder
 from main_jax.lm.progress import track
-from main_jax.lm.step import ExampleWeights, Optimizer, TrainState, init_state, train_step
+from main_jax.lm.step import ExampleWeights, Optimizer, init_state, train_step
 
 
 class TrainingDiverged(RuntimeError):
@@ -233,6 +233,3 @@ class MetricsLog:
             file.write("".join(lines))
         self._pending = []
         return loss
-
-
-__all__ = ["MetricsLog", "TrainState", "TrainingDiverged", "TrainingSettings", "fit", "mean_nll"]

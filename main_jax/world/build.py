@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from main_jax.config import WorldSettings
 from main_jax.lm.arch import DecoderConfig
 from main_jax.lm.batches import Example, Unit
 from main_jax.lm.checkpoint import load_params
@@ -51,18 +52,7 @@ def build(run: Run, out: epath.Path) -> dict[str, int]:
 def _pretrain(run: Run, out: epath.Path) -> None:
     settings = run.config.world
     assert settings is not None
-    tokenizer = build_tokenizer()
-    d = settings.hidden_size
-    config = DecoderConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=d,
-        intermediate_size=d * 5 // 2,
-        num_layers=settings.num_layers,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=d // 4,
-        max_position_embeddings=WORLD_POSITIONS,
-    )
+    tokenizer, config = build_tokenizer(), decoder_config(settings)
     decoder = Decoder(config)
     bos, eos = (tokenizer.token_to_id(token) for token in ("<bos>", "<eos>"))
     documents = pretraining_documents(run.config.seed, settings.documents)
@@ -86,3 +76,18 @@ def _pretrain(run: Run, out: epath.Path) -> None:
     special = {"bos_token_id": bos, "eos_token_id": eos}
     save_checkpoint(out / "base", config, params, extra=special)
     save_tokenizer(str(out / "base"))
+
+
+def decoder_config(settings: WorldSettings) -> DecoderConfig:
+    """The base model of the world: LLaMA-shaped, 4 query heads to 2 key-value heads."""
+    d = settings.hidden_size
+    return DecoderConfig(
+        vocab_size=build_tokenizer().get_vocab_size(),
+        hidden_size=d,
+        intermediate_size=d * 5 // 2,
+        num_layers=settings.num_layers,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=d // 4,
+        max_position_embeddings=WORLD_POSITIONS,
+    )

@@ -18,14 +18,12 @@ from etils import epath
 from scipy.stats import rankdata
 
 from main_jax.align import trained
-from main_jax.augment import write_side
+from main_jax.augment import write_chunks
 from main_jax.filter import SCORES, keep_by, pool_of
 from main_jax.finetune import arms, finetuned, kept_by_arm
-from main_jax.lm.progress import track
-from main_jax.models import LanguageModel
-from main_jax.pairs import map_chunks, read_parts, rows_done
+from main_jax.pairs import read_parts
 from main_jax.prompts import Direction
-from main_jax.run import Run, derive_seed
+from main_jax.run import Run
 from main_jax.world.judge import exact_match, is_true_pair, reverse_correct
 
 SHARES = (0.2, 0.4, 0.6)
@@ -142,21 +140,11 @@ def _reverse_accuracy(run: Run, out: epath.Path, truth: dict) -> dict[str, float
 def _generate(
     run: Run, out: epath.Path, rows: Sequence[dict], direction: Direction, load, label: str
 ) -> list[dict]:
-    """Greedy texts in committed chunks; the model is loaded only when a chunk is missing."""
-    model: list[LanguageModel] = []
-
-    def write(chunk: Sequence[dict]) -> list[dict]:
-        if not model:
-            model.append(load())
-        return write_side(
-            chunk, direction, model[0], run.prompt, run.config.evaluate.sampling,
-            seed=derive_seed(run.config.seed, "evaluate"),
-            batch_size=run.config.runtime.generation_batch_size, on_done=bar.advance,
-        )  # fmt: skip
-
-    done = rows_done(out / "data", run.config.runtime.chunk_rows, len(rows))
-    with track(f"evaluate {label}", len(rows), "rows", done) as bar:
-        return map_chunks(rows, out / "data", run.config.runtime.chunk_rows, write).to_pylist()
+    """Texts with the sampling of `evaluate`, greedy by default."""
+    return write_chunks(
+        run, out, rows, direction, load, run.config.evaluate.sampling,
+        purpose="evaluate", label=f"evaluate {label}",
+    )  # fmt: skip
 
 
 def show(results: dict[str, Any]) -> str:

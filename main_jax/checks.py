@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
 from etils import epath
 
 from main_jax.errors import UserError
-
-
-def check_directory(path: str, key: str) -> str:
-    """The path of a checkpoint directory, or UserError naming the argument `key`."""
-    found = Path(path).expanduser()
-    if not found.exists():
-        raise UserError(f"{key}: {path}: no such directory; give a local Hugging Face checkpoint")
-    if not found.is_dir():
-        raise UserError(f"{key}: {path}: is a file, expected a checkpoint directory")
-    return str(found)
 
 
 def check_file(path: str, key: str) -> None:
@@ -41,6 +32,16 @@ def check_output(path: epath.PathLike, key: str) -> None:
         raise UserError(f"{key}: {at} is a file, expected a directory")
     if not os.access(at, os.W_OK | os.X_OK):
         raise UserError(f"{key}: {at}: no permission to write there")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as `5GB`, `500MB`, `2GiB` or `1000`. Raises ValueError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([KMGT])(i?))?B?", str(text), re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise ValueError(f"max_shard_size: expected a size such as 5GB or 500MB, found {text!r}")
+    number, unit, binary = match.groups()
+    power = " KMGT".index(unit.upper()) if unit else 0
+    return int(float(number) * (1024 if binary else 1000) ** power)
 
 
 def check_room(path: epath.PathLike, needed: int, what: str) -> None:

@@ -1,6 +1,6 @@
 """The verbs. Every heavy import is inside a verb, so that `main-jax --help` answers at once.
 
-Exit codes: 0 done; 1 failed run; 2 a user's mistake (one line, no traceback); 130 interrupted.
+Exit codes: 0 done; 1 failed check or run; 2 a user's mistake (one line, no traceback); 130 interrupted.
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ examples:
   main-jax filter runs/own/config.yaml --filter.keep 0.2
   main-jax score --forward-model DIR --data pairs.jsonl --output scored.parquet
   main-jax generate --model DIR --prompts prompts.jsonl --output answers.jsonl
+  main-jax verify DIR                                   our logits against transformers' on PyTorch
+  main-jax convert DIR NEW                              Hugging Face <-> Orbax
+  main-jax export runs/own NEW                          a run's model for everybody else
+
+Wherever a model's DIR is expected, a name on the Hugging Face hub will do: org/name or org/name@revision.
 """
 
 STAGES = {
@@ -87,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
         " --template none",
     )
     _add_config(score, optional=True)
-    score.add_argument("--forward-model", metavar="DIR", help="Hugging Face checkpoint of p(R|I)")
+    score.add_argument("--forward-model", metavar="DIR", help="model folder or hub name: p(R|I)")
     score.add_argument(
         "--reverse-model", metavar="DIR", help="of p(I|R); default: the forward model"
     )
@@ -105,6 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument(
         "--tokens-per-batch", type=int, metavar="N", help="padded tokens at once (8192)"
     )
+    score.set_defaults(function=score_file)
 
     generate = verb(
         "generate",
@@ -113,7 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
         "  main-jax generate --model DIR --prompts texts.jsonl --output instructions.jsonl"
         " --direction reverse --temperature 0.7",
     )
-    generate.add_argument("--model", required=True, metavar="DIR", help="Hugging Face checkpoint")
+    generate.add_argument("--model", required=True, metavar="DIR", help="model folder or hub name")
     generate.add_argument(
         "--prompts", required=True, metavar="FILE",
         help="JSONL or Parquet with instruction (reverse: response)",
@@ -129,6 +135,58 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
     generate.add_argument("--seed", type=int, default=0, metavar="S")
     generate.add_argument("--batch-size", type=int, default=32, metavar="B")
+    generate.set_defaults(function=generate_file)
+
+    convert = verb(
+        "convert",
+        "a checkpoint from Hugging Face's form to Orbax's, or back (the direction is detected)",
+        "examples:\n  main-jax convert meta-llama/Llama-2-7b-hf llama-orbax --dtype bfloat16\n"
+        "  main-jax convert llama-orbax llama-hf --max-shard-size 2GB",
+    )
+    convert.add_argument("source", metavar="SRC", help="model folder in either form, or a hub name")
+    convert.add_argument("destination", metavar="DST", help="a new folder")
+    convert.set_defaults(function=convert_folder)
+
+    export = verb(
+        "export",
+        "a model of a run as a Hugging Face folder",
+        "examples:\n  main-jax export runs/own my-model --dtype bfloat16\n"
+        "  main-jax export runs/own my-labeller --model reverse",
+    )
+    export.add_argument("run", metavar="RUN", help="a run's directory")
+    export.add_argument("destination", metavar="DST", help="a new folder")
+    export.add_argument(
+        "--model",
+        help="an arm, or forward or reverse (aligned); default: the model trained on the kept pairs",
+    )
+    export.set_defaults(function=export_folder)
+    for parser_ in (convert, export):
+        parser_.add_argument(
+            "--dtype", choices=("float32", "bfloat16", "float16"),
+            help="default: that of the source (export: of the base model)",
+        )  # fmt: skip
+        parser_.add_argument(
+            "--max-shard-size",
+            metavar="SIZE",
+            help="of a file of weights in Hugging Face form (5GB)",
+        )
+
+    verify = verb(
+        "verify",
+        "compare our logits with those of transformers on PyTorch; exit code 1 where they differ",
+        "examples:\n  main-jax verify DIR\n  main-jax verify mistralai/Mistral-7B-v0.1 --positions 5000",
+    )
+    verify.add_argument("model", metavar="DIR", help="Hugging Face checkpoint, or a hub name")
+    verify.add_argument("--positions", type=int, default=512, metavar="N", help="tokens (512)")
+    verify.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-3,
+        metavar="T",
+        help="largest difference of logits (1e-3)",
+    )
+    verify.add_argument("--seed", type=int, default=0, metavar="S", help="of the random tokens (0)")
+    verify.set_defaults(function=verify_folder)
     return parser
 
 
@@ -163,7 +221,7 @@ def run_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
         print(f"\nresults: {run.path / 'results.json'}")
 
 
-def score_file(arguments: argparse.Namespace) -> None:
+def score_file(arguments: argparse.Namespace) -> int:
     """`score` outside a run."""
     for name in ("forward_model", "data", "output"):
         if not getattr(arguments, name):
@@ -182,9 +240,10 @@ def score_file(arguments: argparse.Namespace) -> None:
         tokens_per_batch=arguments.tokens_per_batch or 8192,
         show_example=arguments.show_example,
     )  # fmt: skip
+    return 0
 
 
-def generate_file(arguments: argparse.Namespace) -> None:
+def generate_file(arguments: argparse.Namespace) -> int:
     """`generate`."""
     from main_jax import tools
     from main_jax.lm.generate import Sampling
@@ -205,6 +264,55 @@ def generate_file(arguments: argparse.Namespace) -> None:
         template=arguments.template, direction=Direction(arguments.direction),
         sampling=sampling, seed=arguments.seed, batch_size=arguments.batch_size,
     )  # fmt: skip
+    return 0
+
+
+def convert_folder(arguments: argparse.Namespace) -> int:
+    """`convert`."""
+    size = _shard_bytes(arguments)
+    from main_jax.convert import convert
+    from main_jax.hub import find_model
+    from main_jax.lm.runtime import initialize
+
+    initialize()
+    convert(find_model(arguments.source, "SRC"), arguments.destination, arguments.dtype, size)
+    return 0
+
+
+def export_folder(arguments: argparse.Namespace) -> int:
+    """`export`."""
+    size = _shard_bytes(arguments)
+    from main_jax import pipeline
+    from main_jax.export import export_model
+    from main_jax.lm.runtime import initialize
+
+    initialize()
+    run = pipeline.existing_run(arguments.run)
+    export_model(run, arguments.destination, arguments.model, arguments.dtype or "auto", size)
+    return 0
+
+
+def _shard_bytes(arguments: argparse.Namespace) -> int | None:
+    from main_jax.checks import parse_size
+
+    try:
+        return parse_size(arguments.max_shard_size) if arguments.max_shard_size else None
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def verify_folder(arguments: argparse.Namespace) -> int:
+    """`verify`."""
+    from main_jax.lm.runtime import initialize
+    from main_jax.verify import verify
+
+    initialize()
+    verdict = verify(
+        arguments.model, positions=arguments.positions, tolerance=arguments.tolerance,
+        seed=arguments.seed,
+    )  # fmt: skip
+    print(verdict.show())
+    return 0 if verdict.ok else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -226,8 +334,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(
                 f"score takes CONFIG or --{option}, not both (see main-jax score --help)"
             )
-        (score_file if arguments.verb == "score" else generate_file)(arguments)
-        return 0
+        return arguments.function(arguments)
     except KeyboardInterrupt:
         return _fail("interrupted; a run continues where it stopped with the same command", 130)
     except Exception as error:

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from main_jax.checks import parse_size
 from main_jax.filter import SCORES
 from main_jax.lm.generate import Sampling
 from main_jax.lm.train import TrainingSettings
@@ -117,6 +118,25 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Export:
+    """The final model in Hugging Face's form, `RUN/hf`.
+
+    dtype: `auto` is the base model's. max_shard_size: of one file of weights, as `5GB` or `500MB`.
+    """
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_shard_size: str = "5GB"
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """`max_shard_size` in bytes."""
+        return parse_size(self.max_shard_size)
+
+    def __post_init__(self):
+        _ = self.max_shard_bytes
+
+
+@dataclass(frozen=True)
 class Runtime:
     """How it is computed; none of this is meant to change results beyond rounding.
 
@@ -162,6 +182,7 @@ class Config:
     filter: Filter = field(default_factory=Filter)
     finetune: Finetune = field(default_factory=Finetune)
     evaluate: Evaluate = field(default_factory=Evaluate)
+    export: Export = field(default_factory=Export)
     runtime: Runtime = field(default_factory=Runtime)
     world: WorldSettings | None = None
 

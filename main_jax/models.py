@@ -1,16 +1,24 @@
-"""What a user names by a directory: a model with its tokenizer, opened with every check done first."""
+"""What a user names by a directory: a model with its tokenizer, opened with every check done first.
+
+A model folder holds config.json, generation_config.json, the tokenizer's files, and the weights either as
+safetensors (Hugging Face's form) or under `checkpoints/` (Orbax, ours; see `convert.py`).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from etils import epath
+
 from main_jax.config import Runtime
 from main_jax.errors import UserError
 from main_jax.lm import hf
+from main_jax.lm.checkpoint import load_params, stored_params
 from main_jax.lm.model import Decoder
 from main_jax.lm.runtime import compute_dtype
 from main_jax.lm.tokenizer import load_tokenizer
+from main_jax.lm.weights import read_json
 from main_jax.prompts import Prompt
 
 
@@ -23,13 +31,15 @@ class LanguageModel(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A Hugging Face checkpoint directory whose names and shapes were checked."""
+    """A model folder whose names and shapes were checked."""
 
     path: str
     decoder: Decoder
 
     def load(self) -> Any:
         """The parameters, in float32."""
+        if is_orbax(self.path):
+            return load_params(epath.Path(self.path) / ORBAX, self.decoder)
         return hf.load_checkpoint(self.path)[1]
 
     def model(self) -> LanguageModel:
@@ -53,9 +63,36 @@ class Checkpoint:
         return Prompt(tokenizer, template, max_length, strategy, hf.stop_ids(self.path))
 
 
+ORBAX = "checkpoints"
+
+
+def is_orbax(path: str) -> bool:
+    """Whether a model folder holds its weights in Orbax's form."""
+    return (epath.Path(path) / ORBAX).is_dir()
+
+
+def stored(path: str) -> dict[str, Any]:
+    """The parameters of an Orbax model folder, none of them read yet. Raises CheckpointError."""
+    try:
+        return stored_params(epath.Path(path) / ORBAX)
+    except FileNotFoundError as error:
+        raise hf.CheckpointError(str(error)) from None
+
+
+def stored_dtype(path: str) -> str:
+    """What config.json says of the weights' dtype; float32 where it says nothing."""
+    fields = read_json(epath.Path(path) / "config.json")
+    name = str(fields.get("dtype") or fields.get("torch_dtype")).removeprefix("torch.")
+    return name if name in ("bfloat16", "float16") else "float32"
+
+
 def open_checkpoint(path: str, runtime: Runtime) -> Checkpoint:
-    """Checks a checkpoint directory without reading its weights. Raises CheckpointError."""
-    config = hf.check_checkpoint(path)
+    """Checks a model folder without loading its weights. Raises CheckpointError."""
+    if is_orbax(path):
+        config = hf.load_config(path)
+        hf.flat_params(config, stored(path))
+    else:
+        config = hf.check_checkpoint(path)
     decoder = Decoder(
         config,
         dtype=compute_dtype(runtime.compute_dtype),

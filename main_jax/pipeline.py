@@ -1,4 +1,4 @@
-"""The steps in order: prepare -> align -> augment -> score -> filter -> finetune -> evaluate.
+"""The steps in order: prepare -> align -> augment -> score -> filter -> finetune -> evaluate -> export.
 
 run = open_run(config)      # checks paths, then the model, then the room on the disk
 execute(run)                # or execute(run, "score") for one stage
@@ -17,10 +17,11 @@ from etils import epath
 from main_jax import pairs
 from main_jax.align import align, trained
 from main_jax.augment import write_chunks
-from main_jax.checks import check_directory, check_file, check_output, check_room
+from main_jax.checks import check_file, check_output, check_room
 from main_jax.config import Config
 from main_jax.errors import UserError
 from main_jax.evaluate import evaluate
+from main_jax.export import export
 from main_jax.filter import with_filter
 from main_jax.finetune import arms, finetune
 from main_jax.lm.progress import track
@@ -29,6 +30,7 @@ from main_jax.prepare import prepare
 from main_jax.prompts import Direction
 from main_jax.run import Run, Stage, files_below, versions
 from main_jax.score import score_rows
+from main_jax.strict_yaml import load_config
 from main_jax.world import WORLD_POSITIONS
 
 # ------------------------------------------------------------------------------------------- stages
@@ -95,6 +97,7 @@ STAGES = (
     Stage("filter", 5, filter_pairs, ("filter",), ("score",)),
     Stage("finetune", 6, finetune, ("finetune",), ("prepare", "filter")),
     Stage("evaluate", 7, evaluate, ("evaluate",), ("align", "filter", "finetune")),
+    Stage("export", 8, export, ("export",), ("finetune",), folder="hf"),
 )
 WORLD = Stage("world", 0, build_world, ("world",))
 
@@ -121,7 +124,6 @@ def open_run(config: Config) -> Run:
         for key, value in keys.items():
             if not value:
                 raise UserError(f"{key} is not set; give it in the config or as --{key} PATH")
-        check_directory(run.input_path("model"), "model_name_or_path")
         for key, name in (("data.seed_path", "seed"), ("data.responses_path", "responses")):
             check_file(run.input_path(name), key)
     _ = run.template
@@ -129,10 +131,20 @@ def open_run(config: Config) -> Run:
     if run.world:
         check_lengths(config, WORLD_POSITIONS)
     else:
+        run.input_path("model")  # found, or fetched, once everything else is as it should be
         check_lengths(config, run.base.decoder.config.max_position_embeddings)
         _ = run.prompt  # opens and checks the tokenizer
     _check_room(run)
     return run
+
+
+def existing_run(path: str) -> Run:
+    """The run in a directory, wherever it was made. Raises UserError where there is none."""
+    file = epath.Path(path).expanduser() / "config.yaml"
+    if not file.exists():
+        raise UserError(f"{path}: no run here (no config.yaml); give a run's output_dir")
+    config = load_config(Config, str(file), ["--output_dir", path])
+    return Run(config, stages_of(config))
 
 
 def execute(run: Run, stage: str | None = None, show_example: bool = False) -> None:
@@ -177,6 +189,7 @@ def _check_room(run: Run) -> None:
     """Final parameters of every training, two full states while one is saved, and the tables."""
     config = run.config
     finals = 2 * (config.align.rounds + 1) + int(config.align.control) + len(arms(run))
+    finals += 1  # the exported one
     if config.world is None:
         parameters = run.base.decoder.config.num_params()
         files = sum(epath.Path(run.input_path(n)).stat().length for n in ("seed", "responses"))

@@ -12,6 +12,8 @@ The *unconditional* example has the same fixed parts and target, and an empty co
 from __future__ import annotations
 
 import enum
+import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,8 +43,28 @@ PLAIN = {
         "after": "\n\n### Instruction:\n",
     },
 }
+NONE = {d.value: {"before": "", "after": ""} for d in Direction}
 REVERSE_REQUEST = "Write the instruction that the following text answers.\n\n{}"
 """What the user turn says in the reverse direction of a chat template (ours)."""
+
+EXPORTED = """\
+{%- set state = namespace(system="") -%}
+{{- @FIRST@ -}}
+{%- for message in messages -%}
+{%- if message["role"] == "system" and loop.first -%}
+{%- set state.system = message["content"] + "\\n\\n" -%}
+{%- elif message["role"] == "user" -%}
+{{- @BEFORE@ + state.system + message["content"] + @AFTER@ -}}
+{%- set state.system = "" -%}
+{%- elif message["role"] == "assistant" -%}
+{{- message["content"] + eos_token -}}
+{%- else -%}
+{{- raise_exception("expected user and assistant messages, and at most one system message, first") -}}
+{%- endif -%}
+{%- endfor -%}
+"""
+"""Before/after texts as a chat template. Every tag strips the white space between it and the next one,
+so that no line break of this text is output, whatever the renderer's trim_blocks and lstrip_blocks."""
 
 
 class Frame(NamedTuple):
@@ -92,11 +114,13 @@ class Prompt:
         if template == "auto":
             template = "chat" if tokenizer.chat_template else "plain"
         self.end = tokenizer.eos_token_id
+        self.texts: Any = None  # direction -> before and after; None for `chat`
         if template == "chat":
             self.frames = self._chat_frames()
         else:
             texts = resolve_template(template)
-            self.frames = self._plain_frames(PLAIN if texts == "plain" else texts)
+            self.texts = {"plain": PLAIN, "none": NONE}[texts] if isinstance(texts, str) else texts
+            self.frames = self._plain_frames(self.texts)
         self.stop_ids = tuple(sorted({self.end, tokenizer.eos_token_id, *stop_ids}))
 
     # ------------------------------------------------------------------------------------- templates
@@ -104,8 +128,6 @@ class Prompt:
     def _plain_frames(self, texts: Any) -> dict[Direction, Frame]:
         bos = self.tokenizer.bos_token_id
         first = [self.tokenizer.eos_token_id if bos is None else bos]
-        if texts == "none":
-            return {d: Frame(first, []) for d in Direction}
         return {
             d: Frame(first + self.encode(texts[d]["before"]), self.encode(texts[d]["after"]))
             for d in Direction
@@ -150,6 +172,21 @@ class Prompt:
         ends = [i for i in self.encode(tail) if i in special]
         self.end = ends[0] if ends else tokenizer.eos_token_id
         return frames
+
+    def chat_template(self, direction: Direction = Direction.FORWARD) -> str | None:
+        """The Jinja chat template that renders a user's turn as `question` does; None for `chat`.
+
+        It is for the tokenizer of a model that was trained on `direction`. A system message goes before
+        the first user's text, with a blank line between; roles other than these and `assistant` raise.
+        """
+        if self.texts is None:
+            return None  # the tokenizer's own is what the model was trained on
+        texts = {
+            "@FIRST@": "eos_token" if self.tokenizer.bos_token_id is None else "bos_token",
+            "@BEFORE@": _jinja_string(self.texts[direction]["before"]),
+            "@AFTER@": _jinja_string(self.texts[direction]["after"]),
+        }
+        return re.sub("@[A-Z]+@", lambda mark: texts[mark[0]], EXPORTED)
 
     # ---------------------------------------------------------------------------------------- tokens
 
@@ -228,6 +265,11 @@ class Prompt:
             text = self.tokenizer.convert_ids_to_tokens(int(token))
             lines.append(f"  {'target ' if is_target else '       '}{token:>7}  {text!r}")
         return "\n".join(lines)
+
+
+def _jinja_string(text: str) -> str:
+    """A text as a literal: Jinja reads JSON's escapes alike, and looks for no tags inside a literal."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _example(condition: list[int], target: list[int]) -> Example:

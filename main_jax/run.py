@@ -1,6 +1,7 @@
 """One run directory: where each stage's files are, and what a stage may ask for.
 
-    RUN/{config.yaml, manifest.json, results.json, stages/NN-name/{data/part-*.parquet, ..., manifest.json}}
+    RUN/{config.yaml, manifest.json, results.json, hf/}
+    RUN/stages/NN-name/{data/part-*.parquet, ..., manifest.json}
 
 A stage is a function `(run, out) -> counts` from files to files. Its manifest records the fingerprint of
 everything it depends on: same fingerprint and done -> skipped; same and unfinished -> continued; another ->
@@ -34,13 +35,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage: its function, the config sections that change it, and the stages that it reads."""
+    """A stage: its function, the config sections that change it, and the stages that it reads.
+
+    `folder` is where it writes in the run's directory, by default `stages/NN-name`.
+    """
 
     name: str
     number: int
     function: Callable[[Run, epath.Path], dict[str, int]]
     sections: tuple[str, ...]
     needs: tuple[str, ...] = ()
+    folder: str | None = None
 
 
 class Run:
@@ -54,8 +59,9 @@ class Run:
     # -------------------------------------------------------------------------------- what stages use
 
     def directory(self, stage: str) -> epath.Path:
-        """RUN/stages/NN-name."""
-        return self.path / "stages" / f"{self.stages[stage].number:02}-{stage}"
+        """Where a stage writes."""
+        of = self.stages[stage]
+        return self.path / (of.folder or f"stages/{of.number:02}-{stage}")
 
     def rows(self, stage: str, part: str = "") -> list[dict]:
         """The rows that a stage has written (of its table `part`, where it has several)."""
@@ -71,13 +77,18 @@ class Run:
         if self.world:
             files = {"model": "base", "seed": "seed.jsonl", "responses": "responses.jsonl"}
             return str(self.directory("world") / files[name])
+        if name == "model":
+            return self._model_path
         data = self.config.data
-        paths = {
-            "model": self.config.model_name_or_path,
-            "seed": data.seed_path,
-            "responses": data.responses_path,
-        }
+        paths = {"seed": data.seed_path, "responses": data.responses_path}
         return str(epath.Path(paths[name] or "").expanduser())
+
+    @cached_property
+    def _model_path(self) -> str:
+        """The user's model, fetched first where it is a name on the hub. Raises UserError."""
+        from main_jax.hub import find_model
+
+        return find_model(self.config.model_name_or_path or "", "model_name_or_path")
 
     @cached_property
     def base(self) -> Checkpoint:

@@ -12,10 +12,11 @@ from etils import epath
 
 from main_jax import pairs
 from main_jax.augment import complete
-from main_jax.checks import check_directory, check_file, check_output, check_room
+from main_jax.checks import check_file, check_output, check_room
 from main_jax.config import Runtime
 from main_jax.errors import UserError
 from main_jax.filter import score_columns
+from main_jax.hub import find_model
 from main_jax.lm.generate import Sampling
 from main_jax.lm.progress import say, track
 from main_jax.models import Checkpoint, open_checkpoint
@@ -46,12 +47,15 @@ def score_file(
     Raises UserError, one line; also when no row could be scored (the output is there all the same).
     """
     data, output = (str(epath.Path(path).expanduser()) for path in (data, output))
-    _check_paths(data, output, forward_model=forward_model, reverse_model=reverse_model)
+    _check_paths(data, output, "--data")
     resolve_template(template)
+    forward_model = find_model(forward_model, "--forward-model")
+    if reverse_model is not None:
+        reverse_model = find_model(reverse_model, "--reverse-model")
     paths = (forward_model, reverse_model or forward_model)
     opened: dict[str, Checkpoint] = {}
     for path in dict.fromkeys(paths):
-        opened[path] = open_checkpoint(check_directory(path, "model"), Runtime())
+        opened[path] = open_checkpoint(path, Runtime())
     templates = {}
     for path, checkpoint in opened.items():
         limit = max_length or min(2048, checkpoint.decoder.config.max_position_embeddings)
@@ -112,9 +116,9 @@ def generate_file(
     reason `too_long`, an empty one `empty_instruction` or `empty_response`. Raises UserError, one line.
     """
     prompts, output = (str(epath.Path(path).expanduser()) for path in (prompts, output))
-    _check_paths(prompts, output, model=model)
+    _check_paths(prompts, output, "--prompts")
     resolve_template(template)
-    checkpoint = open_checkpoint(check_directory(model, "model"), Runtime())
+    checkpoint = open_checkpoint(find_model(model, "--model"), Runtime())
     positions = checkpoint.decoder.config.max_position_embeddings
     if sampling.max_new_tokens >= positions:
         raise UserError(
@@ -160,12 +164,9 @@ def user_table(output: str, rows: Sequence[dict]) -> pa.Table:
     return table
 
 
-def _check_paths(data: str, output: str, **models: str | None) -> None:
-    """First the paths, in the order of the arguments; the first fault is reported."""
-    for name, path in models.items():
-        if path is not None:
-            check_directory(path, f"--{name.replace('_', '-')}")
-    check_file(data, "--data" if "forward_model" in models else "--prompts")
+def _check_paths(data: str, output: str, key: str) -> None:
+    """First the files: a model may have to be fetched, which takes long."""
+    check_file(data, key)
     if Path(output).is_dir():
         raise UserError(f"--output: {output}: is a directory, expected a .jsonl or .parquet file")
     if Path(output).suffix not in (".jsonl", ".parquet"):

@@ -14,6 +14,7 @@ from main_jax.strict_yaml import ALIASES, load_config, parse_overrides
 
 ROOT = Path(__file__).parent.parent
 CHOSEN: dict[str, Any] = {  # where a value of the right type is not enough
+    "export.max_shard_size": "700MB",
     "filter.by": "pmi",
     "filter.keep": 0.25,
     "filter.select": "quantile",

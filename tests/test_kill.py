@@ -26,7 +26,17 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 TOOL = Path(sys.executable).with_name("main-jax")
-STAGES = ("world", "prepare", "align", "augment", "score", "filter", "finetune", "evaluate")
+STAGES = (
+    "world",
+    "prepare",
+    "align",
+    "augment",
+    "score",
+    "filter",
+    "finetune",
+    "evaluate",
+    "export",
+)
 KILLS = 3
 LIMIT_S = 240
 SHORT = {
@@ -48,7 +58,7 @@ SHORT = {
 
 
 def directory(run: Path, stage: str) -> Path:
-    return run / "stages" / f"{STAGES.index(stage):02}-{stage}"
+    return run / "hf" if stage == "export" else run / "stages" / f"{STAGES.index(stage):02}-{stage}"
 
 
 def status(run: Path, stage: str) -> str | None:
@@ -169,6 +179,13 @@ def check_equal(run: Path, other: Path) -> None:
         for leaf, same in zip(leaves, wanted[name], strict=True):
             assert leaf.dtype == same.dtype
             assert np.array_equal(leaf, same), name
+    exported, wanted = (
+        {p.name: p.read_bytes() for p in directory(r, "export").iterdir()} for r in (run, other)
+    )
+    assert {"model.safetensors", "config.json", "tokenizer.json"} < exported.keys()
+    for found in (exported, wanted):
+        del found["manifest.json"]
+    assert exported == wanted
     for log in sorted(other.glob("stages/*/**/metrics.jsonl")):
         assert (run / log.relative_to(other)).read_text() == log.read_text(), log
 

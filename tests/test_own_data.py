@@ -17,11 +17,13 @@ from tiny_llama import make_tiny_llama
 
 from main_jax.cli import main
 from main_jax.lm.checkpoint import load_params
-from main_jax.lm.hf import load_checkpoint
+from main_jax.lm.hf import load_checkpoint, stop_ids
 from main_jax.lm.model import Decoder
+from main_jax.lm.tokenizer import load_tokenizer
 from main_jax.pairs import read_parts
 
 STAGES = ("prepare", "align", "augment", "score", "filter", "finetune", "evaluate")
+OF_A_RUN = (*STAGES, "export")  # whose verb is about a run as a whole
 AWKWARD = [
     "Schöne Grüße aus Köln",
     "שלום עולם, مرحبا",  # right to left
@@ -113,6 +115,8 @@ def call(capsys, *arguments) -> tuple[int, str, str]:
 
 
 def stage_dir(run: Path, stage: str) -> Path:
+    if stage == "export":
+        return run / "hf"
     return run / "stages" / f"{STAGES.index(stage) + 1:02}-{stage}"
 
 
@@ -162,12 +166,13 @@ def check_funnel(run: Path, responses: list[dict]) -> None:
         }
 
 
-def check_manifests(run: Path) -> None:
+def check_manifests(run: Path, stages: tuple[str, ...]) -> None:
     whole = json.loads((run / "manifest.json").read_text())
     results = json.loads((run / "results.json").read_text())
-    assert whole["stages"] == list(STAGES) == list(results["seconds"])
+    assert whole["stages"] == list(OF_A_RUN)
+    assert list(results["seconds"]) == list(stages)
     assert whole["seconds"] == results["seconds"]
-    for stage in STAGES:
+    for stage in stages:
         found = manifest(run, stage)
         assert found["stage"] == stage
         assert found["status"] == "done"
@@ -190,7 +195,7 @@ def test_the_whole_pipeline(own, tmp_path, capsys):
     code, out, err = call(capsys, "run", config)
     assert code == 0, err
     check_funnel(run, response_rows())
-    check_manifests(run)
+    check_manifests(run, OF_A_RUN)
 
     # Drops: each with its reason, in the table and in one line for people.
     seed = rows(run, "prepare", "seed")
@@ -255,6 +260,15 @@ def test_the_whole_pipeline(own, tmp_path, capsys):
         assert "validation_nll_nats_per_token" in log[-1]
     assert max_difference(models["seed_only"], models["mutual"]) > 1e-5
 
+    # The final model is exported: the same bits, and a tokenizer that asks as the training did.
+    exported_config, exported = load_checkpoint(run / "hf")
+    assert exported_config == config_of_model
+    assert max_difference(exported, models["mutual"]) == 0
+    tokenizer = load_tokenizer(run / "hf")
+    asked = [{"role": "user", "content": "Explain Köln"}]
+    assert tokenizer.apply_chat_template(asked, tokenize=False) == "<s>Explain Köln"
+    assert stop_ids(run / "hf") == (2,)
+
     # What people are told.
     results = json.loads((run / "results.json").read_text())
     assert set(results) == {"arms", "base", "pairs", "seconds"}
@@ -280,16 +294,48 @@ def test_the_whole_pipeline(own, tmp_path, capsys):
         assert line in err
     assert not list(run.rglob("*.tmp"))
 
+    # An export that was killed while it wrote: nothing half is left.
+    before = snapshot(run / "hf")
+    state = manifest(run, "export")
+    (run / "hf" / "manifest.json").write_text(json.dumps(state | {"status": "running"}))
+    (run / "hf" / "config.json").unlink()
+    (run / "hf" / "model.safetensors").rename(run / "hf" / "tmp-0.safetensors")
+    code, _, err = call(capsys, "run", config)
+    assert code == 0 and "export: continues" in err
+    after = snapshot(run / "hf")
+    assert {k: v[0] for k, v in after.items() if k != "manifest.json"} == {
+        k: v[0] for k, v in before.items() if k != "manifest.json"
+    }
+
+    # Any model of the run in a folder of its own; the reverse one asks for an instruction.
+    code, _, err = call(capsys, "export", run, tmp_path / "reverse", "--model", "reverse",
+                        "--dtype", "bfloat16")  # fmt: skip
+    assert code == 0 and err.endswith(f"the model reverse of {run}\n")
+    aligned = load_params(
+        stage_dir(run, "align") / "round-1" / "reverse" / "checkpoints", Decoder(config_of_model)
+    )
+    rounded = jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), aligned)
+    assert max_difference(load_checkpoint(tmp_path / "reverse")[1], rounded) == 0
+    for arguments, part in (
+        ((run, tmp_path / "reverse"), "is there already"),
+        ((run, tmp_path / "new", "--model", "best"), "seed_only, mutual, forward, reverse"),
+        ((folder, tmp_path / "new"), "no run here"),
+    ):
+        code, _, err = call(capsys, "export", *arguments)
+        assert code == 2 and part in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "new").exists()
+
     # Again: nothing is done, no byte changes.
     before = snapshot(run)
     code, out_again, err = call(capsys, "run", config)
     assert code == 0
     assert out_again == out
-    assert err.splitlines() == [f"{stage}: done before, kept" for stage in STAGES]
+    assert err.splitlines() == [f"{stage}: done before, kept" for stage in OF_A_RUN]
     after = snapshot(run)
     assert {k: v[0] for k, v in after.items()} == {k: v[0] for k, v in before.items()}
-    assert {k: v for k, v in after.items() if k.startswith("stages/")} == {
-        k: v for k, v in before.items() if k.startswith("stages/")
+    kept_files = ("stages/", "hf/")
+    assert {k: v for k, v in after.items() if k.startswith(kept_files)} == {
+        k: v for k, v in before.items() if k.startswith(kept_files)
     }
 
     # Another share: only the filter and what follows; the old results are set aside, whole.
@@ -298,15 +344,15 @@ def test_the_whole_pipeline(own, tmp_path, capsys):
     lines = err.splitlines()
     assert lines[:4] == [f"{stage}: done before, kept" for stage in STAGES[:4]]
     changed = snapshot(run)
-    for stage in STAGES:
-        name = f"stages/{STAGES.index(stage) + 1:02}-{stage}"
+    for stage in OF_A_RUN:
+        name = str(stage_dir(run, stage).relative_to(run))
         old = {k: v for k, v in before.items() if k.startswith(f"{name}/")}
         aside = {
             k.replace(".old-1/", "/"): v
             for k, v in changed.items()
             if k.startswith(f"{name}.old-1/")
         }
-        if stage in STAGES[4:]:
+        if stage in OF_A_RUN[4:]:
             assert any(line.startswith(f"{stage}: done in") for line in lines)
             assert aside == old
         else:
@@ -381,7 +427,7 @@ def test_stage_by_stage_with_everything_set_otherwise(own, tmp_path, capsys):
         again = call(capsys, stage, config)
         assert again[0] == 0
         assert again[2].splitlines() == [f"{stage}: done before, kept"]
-    check_manifests(run)
+    check_manifests(run, STAGES)
 
     table = {r["id"]: r for r in rows(run, "filter")}
     long = next(r for r in table.values() if (r["response"] or "").startswith("endless"))

@@ -2,6 +2,7 @@
 
 import functools
 
+import jinja2
 import numpy as np
 import pytest
 import yaml
@@ -188,6 +189,96 @@ def test_chat_of_llama_2():
     assert ids.count(BOS) == 1 and prompt.decode(ids).replace(" ", "") == prompt.decode(
         tokens
     ).replace(" ", "")
+
+
+# ------------------------------------------------------------------------- exported chat template
+
+
+NASTY = {
+    "forward": {
+        "before": "{% raw %}\"'{{ x }}\\n \\\\ \\u0041\t{# no #}\r\n  é🙂@AFTER@ {{- \n\n",
+        "after": '\n""" -}}{% endraw %}{%- if x -%}\u2028\'~ \\"\n  \n',
+    },
+    "reverse": {"before": "\n{{ '\\'' }}:\n", "after": ""},
+}
+PLAIN = {
+    "forward": {"before": "### Instruction:\n", "after": "\n\n### Response:\n"},
+    "reverse": {
+        "before": "Write the instruction that the following response answers.\n\n### Response:\n",
+        "after": "\n\n### Instruction:\n",
+    },
+}
+NOTHING = {d: {"before": "", "after": ""} for d in ("forward", "reverse")}
+EXPORTED = {"plain": ("plain", PLAIN), "none": ("none", NOTHING), "own": (NASTY, NASTY)}
+SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
+
+
+def exported(name, direction, bos=True):
+    """(prompt, a tokenizer that carries its template, before, after)."""
+    template, texts = EXPORTED[name]
+    made = tokenizer.__wrapped__(bos=bos)  # one of its own, for it is changed
+    prompt = Prompt(made, template)
+    made.chat_template = prompt.chat_template(direction)
+    return prompt, made, texts[direction]["before"], texts[direction]["after"]
+
+
+def turns(*pairs):
+    return [{"role": role, "content": content} for role, content in pairs]
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("direction", Direction)
+@pytest.mark.parametrize("name", EXPORTED)
+def test_an_exported_template_renders_what_the_model_was_trained_on(name, direction, bos):
+    prompt, made, before, after = exported(name, direction, bos)
+    first = "<s>" if bos else "</s>"
+    for text in (ASK, ANSWER, "x", "{{ y }}{% z %}\\n", "中文 🙂"):
+        asked = turns((USER, text))
+        shown = made.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        assert shown == first + before + text + after
+        # This tokenizer splits between line breaks and what is none, so that joints do not matter.
+        ids = made.apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
+        assert ids == prompt.question(direction, prompt.encode(text), 512).tolist()
+        answered = made.apply_chat_template([*asked, *turns((ASSISTANT, "yes"))])["input_ids"]
+        assert answered == [*ids, *prompt.encode("yes"), EOS]
+
+
+@pytest.mark.parametrize("direction", Direction)
+@pytest.mark.parametrize("name", EXPORTED)
+def test_an_exported_template_renders_conversations(name, direction):
+    _, made, before, after = exported(name, direction)
+    talk = turns((USER, "a?"), (ASSISTANT, "b."), (USER, "c?"), (ASSISTANT, "d."))
+    show = functools.partial(made.apply_chat_template, tokenize=False)
+    one = f"<s>{before}a?{after}b.</s>{before}c?{after}"
+    assert show(talk) == one + "d.</s>"
+    assert show(talk[:3], add_generation_prompt=True) == show(talk[:3]) == one
+    system = turns((SYSTEM, "Be brief.\n"))
+    assert (
+        show(system + talk) == f"<s>{before}Be brief.\n\n\na?{after}b.</s>{before}c?{after}d.</s>"
+    )
+    for other in (talk + system, talk + turns(("tool", "x")), system * 2 + talk):
+        with pytest.raises(jinja2.TemplateError, match="expected user and assistant messages"):
+            show(other)
+
+
+@settings(deadline=None)
+@given(before=st.text(), after=st.text(), text=st.text())
+def test_no_character_of_a_template_means_anything_to_jinja(before, after, text):
+    texts = {"before": before, "after": after}
+    prompt = Prompt(tokenizer(), {"forward": texts, "reverse": texts})
+    template, asked = prompt.chat_template(), turns((USER, text))
+    shown = prompt.tokenizer.apply_chat_template(asked, chat_template=template, tokenize=False)
+    assert shown == f"<s>{before}{text}{after}"
+    # Other programs than Transformers render it without trim_blocks and lstrip_blocks.
+    bare = jinja2.Environment().from_string(template)
+    assert bare.render(messages=asked, bos_token="<s>", eos_token="</s>") == shown
+
+
+def test_a_tokenizers_own_chat_template_is_exported_as_it_is():
+    for name in ("chat", "auto"):
+        assert Prompt(tokenizer(CHATML), name).chat_template() is None
+    prompt = Prompt(tokenizer(CHATML), "plain")
+    assert prompt.chat_template() == prompt.chat_template(FORWARD) != prompt.chat_template(REVERSE)
 
 
 @pytest.mark.parametrize(

@@ -6,23 +6,34 @@ a finished training holds the parameters alone.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from main_jax.lm.model import Decoder
 from main_jax.lm.step import TrainState
 
+PARTS = ("params", "opt_state", "weighting")
+
 
 class Checkpoints:
-    """The checkpoints of one training, in one directory. Use as a context manager."""
+    """The checkpoints of one training, in one directory. Use as a context manager.
 
-    def __init__(self, directory: epath.PathLike):
+    `concurrent_bytes` bounds what a save holds on the host at a time; it must exceed the largest array.
+    """
+
+    def __init__(self, directory: epath.PathLike, concurrent_bytes: int = 96 * 10**9):
+        limit: Any = concurrent_bytes / 10**9
         self._manager = ocp.CheckpointManager(
             epath.Path(directory).absolute(),
             options=ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True),
+            item_handlers={
+                p: ocp.StandardCheckpointHandler(save_concurrent_gb=limit) for p in PARTS
+            },
         )
 
     def __enter__(self) -> Checkpoints:
@@ -92,3 +103,54 @@ def load_params(directory: epath.PathLike, decoder: Decoder) -> Any:
         if step is None:
             raise FileNotFoundError(f"{directory}: no checkpoint here")
         return checkpoints.restore_params(step, decoder)
+
+
+# ------------------------------------------------------------------------------- one array at a time
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """An array in a checkpoint: `array[i]` reads it; the one read last is held for the next layer."""
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    folder: epath.Path
+    held: dict[tuple[str, ...], np.ndarray]
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        """Part of the array, on the host."""
+        if self.path not in self.held:
+            self.held.clear()
+            self.held[self.path] = self._read()
+        return self.held[self.path][index]
+
+    def _read(self) -> np.ndarray:
+        wanted: Any = ocp.RestoreArgs(restore_type=np.ndarray)
+        item: Any = 0
+        for key in reversed(self.path):
+            wanted, item = {key: wanted}, {key: item}
+        args = ocp.args.PyTreeRestore(item=item, restore_args=wanted, partial_restore=True)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            restored = checkpointer.restore(self.folder, args=args)
+        return jax.tree.leaves(restored)[0]
+
+
+def stored_params(directory: epath.PathLike) -> dict[str, Any]:
+    """The newest parameters under `directory` as a tree of `StoredArray`, nothing of it read yet.
+
+    Raises FileNotFoundError when there are none.
+    """
+    with Checkpoints(directory) as checkpoints:
+        step = checkpoints.latest_step
+    if step is None:
+        raise FileNotFoundError(f"{directory}: no checkpoint here")
+    folder, held = epath.Path(directory).absolute() / str(step) / "params", {}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        tree = checkpointer.metadata(folder).item_metadata.tree
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: StoredArray(
+            tuple(key.key for key in path), tuple(leaf.shape), np.dtype(leaf.dtype), folder, held
+        ),
+        tree,
+    )

@@ -1,29 +1,35 @@
-"""Hugging Face checkpoints: one table of names both ways, streamed, strict.
+"""Hugging Face checkpoints in and out: streamed and strict, by the table of `lm/hf_table.py`.
 
     config, params = load_checkpoint("/models/llama")        # config.json + *.safetensors
     save_checkpoint("/runs/mine/hf", config, params)         # loads with LlamaForCausalLM
 
 Reading is strict: a tensor that is missing, unknown, given twice or of another shape is refused by
-a `CheckpointError`, one line that names it. Tensors are read one by one into one stacked parameter
-at a time. Files are the business of `lm/weights.py`.
+a `CheckpointError`, one line that names it. Both ways one tensor is held at a time. Files are the
+business of `lm/weights.py`.
 """
 
+import functools
 import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import SingleDeviceSharding
 
 from main_jax.lm.arch import DecoderConfig
+from main_jax.lm.hf_config import from_hf, to_hf
+from main_jax.lm.hf_table import Weight, weights
+from main_jax.lm.progress import track
 from main_jax.lm.weights import (
     CheckpointError,
     Path,
+    Planned,
     Tensor,
     local_folder,
     open_tensors,
@@ -34,6 +40,7 @@ from main_jax.lm.weights import (
 __all__ = [
     "CheckpointError",
     "check_checkpoint",
+    "flat_params",
     "load_checkpoint",
     "load_config",
     "save_checkpoint",
@@ -42,88 +49,8 @@ __all__ = [
 
 # Buffers that old checkpoints carry although they follow from the config.
 IGNORED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+LARGE = 100_000_000  # parameters, from which on loading and writing show their progress
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-
-Place = Callable[[tuple[str, ...], np.ndarray], Any]
-
-
-# ------------------------------------------------------------------------------------------ table
-# name | our path | their axes | our axes | only where. Axes are the letters of `lm/model.py`. On
-# their side a comma separates dimensions: "NH,D" is a matrix of N * H rows; on ours each letter is
-# a dimension. A name with * stands for L tensors, stacked on a leading axis.
-TABLE = """
-model.embed_tokens.weight                       embed.embedding                  V,D  VD
-model.layers.*.input_layernorm.weight           layers.input_norm.scale          D    D
-model.layers.*.self_attn.q_proj.weight          layers.attention.q.kernel        NH,D DNH
-model.layers.*.self_attn.k_proj.weight          layers.attention.k.kernel        KH,D DKH
-model.layers.*.self_attn.v_proj.weight          layers.attention.v.kernel        KH,D DKH
-model.layers.*.self_attn.o_proj.weight          layers.attention.o.kernel        D,NH NHD
-model.layers.*.self_attn.q_proj.bias            layers.attention.q.bias          NH   NH  qkv_bias
-model.layers.*.self_attn.k_proj.bias            layers.attention.k.bias          KH   KH  qkv_bias
-model.layers.*.self_attn.v_proj.bias            layers.attention.v.bias          KH   KH  qkv_bias
-model.layers.*.self_attn.q_norm.weight          layers.attention.q_norm.scale    H    H   qk_norm
-model.layers.*.self_attn.k_norm.weight          layers.attention.k_norm.scale    H    H   qk_norm
-model.layers.*.post_attention_layernorm.weight  layers.post_attention_norm.scale D    D
-model.layers.*.mlp.gate_proj.weight             layers.mlp.gate.kernel           F,D  DF
-model.layers.*.mlp.up_proj.weight               layers.mlp.up.kernel             F,D  DF
-model.layers.*.mlp.down_proj.weight             layers.mlp.down.kernel           D,F  FD
-model.norm.weight                               norm.scale                       D    D
-lm_head.weight                                  head.kernel                      V,D  DV  untied
-"""
-
-
-class Weight(NamedTuple):
-    """One row of the table."""
-
-    name: str
-    path: tuple[str, ...]
-    theirs: str
-    ours: str
-
-    def names(self, config: DecoderConfig) -> list[str]:
-        """List the row's tensors, in layer order."""
-        layers = config.num_layers if self.path[0] == "layers" else 1
-        return [self.name.replace("*", str(layer)) for layer in range(layers)]
-
-    def layers(self, leaf: np.ndarray) -> np.ndarray:
-        """Give views of the parameter, one to each of `names`, `[L or 1, *self.ours]`."""
-        return leaf.reshape(-1, *leaf.shape[-len(self.ours) :])
-
-    def their_shape(self, config: DecoderConfig) -> tuple[int, ...]:
-        """Give the shape of each of the row's tensors."""
-        return tuple(math.prod(config.sizes[a] for a in axes) for axes in self.theirs.split(","))
-
-    def our_shape(self, config: DecoderConfig) -> tuple[int, ...]:
-        """Give the shape of the row's parameter."""
-        stacked = "L" if self.path[0] == "layers" else ""
-        return tuple(config.sizes[axis] for axis in stacked + self.ours)
-
-    def to_ours(self, tensor: np.ndarray, config: DecoderConfig) -> np.ndarray:
-        """Turn a tensor into one layer of ours, `[*self.ours]` (a view)."""
-        axes = self.theirs.replace(",", "")
-        tensor = tensor.reshape([config.sizes[axis] for axis in axes])
-        return tensor.transpose([axes.index(axis) for axis in self.ours])
-
-    def to_theirs(self, layer: np.ndarray, config: DecoderConfig) -> np.ndarray:
-        """Invert `to_ours` (a copy where the order changes)."""
-        axes = self.theirs.replace(",", "")
-        tensor = layer.transpose([self.ours.index(axis) for axis in axes])
-        return np.ascontiguousarray(tensor.reshape(self.their_shape(config)))
-
-
-def weights(config: DecoderConfig) -> list[Weight]:
-    """List the rows of the table that a config has."""
-    has = {
-        "qkv_bias": config.qkv_bias,
-        "qk_norm": config.qk_norm,
-        "untied": not config.tie_word_embeddings,
-    }
-    rows = []
-    for line in TABLE.strip().splitlines():
-        name, path, theirs, ours, *needs = line.split()
-        if all(has[need] for need in needs):
-            rows.append(Weight(name, tuple(path.split(".")), theirs, ours))
-    return rows
 
 
 # ---------------------------------------------------------------------------------------- reading
@@ -133,7 +60,7 @@ def load_config(path: Path) -> DecoderConfig:
     """Read `config.json` in the folder `path`; `CheckpointError` names what is not supported."""
     file = local_folder(path) / "config.json"
     try:
-        return DecoderConfig.from_hf(read_json(file))
+        return from_hf(read_json(file))
     except CheckpointError:
         raise
     except ValueError as error:
@@ -141,51 +68,109 @@ def load_config(path: Path) -> DecoderConfig:
 
 
 def check_checkpoint(path: Path) -> DecoderConfig:
-    """Do every check of `load_checkpoint` that needs no weights read: config, names, shapes."""
+    """Do every check of `load_checkpoint` before any weight is loaded: config, names, shapes."""
     folder = local_folder(path)
     config = load_config(folder)
     with ExitStack() as stack:
-        tensors = open_tensors(folder, stack)
-        _check_names(folder, config, tensors)
-        for row in weights(config):
-            for name in row.names(config):
-                tensors[name].check(row.their_shape(config))
-        if HEAD in tensors:
-            tensors[HEAD].check((config.vocab_size, config.hidden_size))
+        _check_tensors(folder, config, open_tensors(folder, stack))
     return config
 
 
 def load_checkpoint(
-    path: Path, dtype: str = "float32", *, place: Place = lambda path, array: jnp.asarray(array)
+    path: Path,
+    dtype: str | None = "float32",
+    *,
+    shardings: Any = None,
+    buffer: Callable[..., np.ndarray] = np.empty,
 ) -> tuple[DecoderConfig, dict[str, Any]]:
-    """Read a model folder into (config, params), the parameters in `dtype`.
+    """Read a model folder into (config, params), the parameters in `dtype`, or (None) as stored.
 
-    `place(path, array)` puts one stacked host array, as soon as it is complete, where it belongs
-    (`path` is like ("layers", "mlp", "up", "kernel")); by default on the first device. The host
-    holds one stacked parameter and one tensor at a time. Raises `CheckpointError`.
+    `shardings` is a tree like params, or one for all; by default they are put on the first device.
+    Of every tensor only what this process's devices hold is read and cast. Beyond the arrays the
+    host holds one stacked parameter (its part here), made by `buffer(shape, dtype)`, and one tensor
+    of the file. Raises `CheckpointError`.
     """
     folder = local_folder(path)
     config = load_config(folder)
+    shardings = shardings or SingleDeviceSharding(jax.devices()[0])
     params: dict[str, Any] = {}
     with ExitStack() as stack:
         tensors = open_tensors(folder, stack)
-        _check_names(folder, config, tensors)
-        for row in weights(config):
-            leaf = np.empty(row.our_shape(config), jnp.dtype(dtype))
-            for layer, name in zip(row.layers(leaf), row.names(config), strict=True):
-                layer[...] = row.to_ours(tensors[name].read(row.their_shape(config)), config)
+        _check_tensors(folder, config, tensors)
+        rows = weights(config)
+        total = config.num_params()
+        shown = total > LARGE
+        bar = stack.enter_context(track("load", total, "parameters", shown=shown))
+        for row in rows:
             node = params
             for key in row.path[:-1]:
                 node = node.setdefault(key, {})
-            node[row.path[-1]] = place(row.path, leaf)
-        if config.tie_word_embeddings and HEAD in tensors:
-            shape = (config.vocab_size, config.hidden_size)
-            if not np.array_equal(tensors[HEAD].read(shape), tensors[EMBEDDING].read(shape)):
-                raise CheckpointError(
-                    f"{tensors[HEAD].file}: tensor {HEAD} differs from {EMBEDDING}, though"
-                    " config.json says tie_word_embeddings"
-                )
+            sharding = _at(shardings, row.path)
+            node[row.path[-1]] = _load_leaf(row, config, tensors, dtype, sharding, buffer)
+            bar.advance(math.prod(row.our_shape(config)))
     return config, params
+
+
+def _at(tree: Any, path: tuple[str, ...]) -> Any:
+    """What a tree, or a prefix of one, has for the leaf at `path`."""
+    return _at(tree[path[0]], path[1:]) if isinstance(tree, Mapping) else tree
+
+
+def _load_leaf(
+    row: Weight,
+    config: DecoderConfig,
+    tensors: Mapping[str, Tensor],
+    dtype: str | None,
+    sharding: Any,
+    buffer: Callable[..., np.ndarray],
+) -> jax.Array:
+    """Read one row of the table into one array, each part of it once however many devices hold it."""
+    names, shape = row.names(config), row.our_shape(config)
+    stored = functools.reduce(jnp.promote_types, {tensors[name].dtype for name in names})
+    target = jnp.dtype(dtype or stored)
+    parts: dict[Any, np.ndarray] = {}
+
+    def part(index: Any) -> np.ndarray:
+        ranges = tuple(i.indices(n)[:2] for i, n in zip(index, shape, strict=True))
+        if ranges not in parts:
+            parts[ranges] = out = buffer([stop - start for start, stop in ranges], target)
+            stacked = len(shape) > len(row.ours)
+            for i, name in enumerate(names[slice(*ranges[0])] if stacked else names):
+                layer = row.read(tensors[name], index[-len(row.ours) :], config)
+                (out[i] if stacked else out)[...] = _cast(layer, target, name)
+        return parts[ranges]
+
+    # Waiting keeps the next part's buffer from being filled before this one's is free.
+    return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, part))
+
+
+def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """Cast, refusing what float16 cannot hold; the other dtypes have one range."""
+    with np.errstate(over="ignore"):
+        cast = array.astype(dtype, copy=False)
+    if dtype == np.float16 != array.dtype and np.isinf(cast).sum() > np.isinf(array).sum():
+        raise CheckpointError(f"tensor {name} has values beyond float16; choose bfloat16")
+    return cast
+
+
+def _check_tensors(
+    folder: epath.Path, config: DecoderConfig, tensors: Mapping[str, Tensor]
+) -> None:
+    """Refuse tensors that are missing, unknown or of another shape or dtype."""
+    _check_names(folder, config, tensors)
+    for row in weights(config):
+        for name in row.names(config):
+            tensors[name].check(row.their_shape(config))
+    if not (config.tie_word_embeddings and HEAD in tensors):
+        return
+    tensors[HEAD].check((config.vocab_size, config.hidden_size))
+    for start in range(0, config.vocab_size, 4096):
+        rows = ((start, min(start + 4096, config.vocab_size)), (0, config.hidden_size))
+        if not np.array_equal(tensors[HEAD].read(rows), tensors[EMBEDDING].read(rows)):
+            raise CheckpointError(
+                f"{tensors[HEAD].file}: tensor {HEAD} differs from {EMBEDDING}, though"
+                " config.json says tie_word_embeddings"
+            )
 
 
 def _check_names(folder: epath.Path, config: DecoderConfig, tensors: Mapping[str, Tensor]) -> None:
@@ -226,37 +211,53 @@ def save_checkpoint(
     config: DecoderConfig,
     params: Mapping[str, Any],
     *,
-    extra: Mapping[str, Any] | None = None,
-    shard_bytes: int = 2_000_000_000,
+    fields: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Write `config.json` and safetensors that Transformers loads, replacing weights at `path`.
 
-    Tensors keep the dtypes of `params`, which must be whole on this process. Weights over
-    `shard_bytes` become several files with an index. `extra` are further fields of config.json,
-    such as `eos_token_id`. `CheckpointError` where params and config disagree.
+    Tensors are cast to `dtype` (None: kept), one at a time; what gives a leaf its data is `leaf[i]`
+    for layer i of a stacked one and `leaf[...]` for the others. Weights over `max_shard_bytes` become
+    several files with an index. `fields` are a whole config.json to be kept where it says the same
+    as `config`, or further fields such as `eos_token_id`. `CheckpointError` where they disagree.
     """
-    leaves = _leaves(config, params)
-    try:
-        fields = config.to_hf()
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    dtypes = {str(leaf.dtype) for leaf in leaves.values()}
-    fields["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
-    # Said even where unknown: Transformers would otherwise assume LLaMA 2's ids.
-    fields |= {"bos_token_id": None, "eos_token_id": None} | dict(extra or {})
+    leaves = flat_params(config, params)
+    written = _config_json(path, config, dict(fields or {}))
+    dtypes = {str(jnp.dtype(dtype or leaf.dtype)) for leaf in leaves.values()}
+    written["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
+    written.pop("torch_dtype", None)
     folder = epath.Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder, _shards(config, leaves, shard_bytes))
-    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    total = config.num_params()
+    with track("write", total, "parameters", shown=total > LARGE) as bar:
+        write_tensors(folder, _planned(config, leaves, dtype), max_shard_bytes, bar.advance)
+    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
 
 
-def _leaves(config: DecoderConfig, params: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
-    """Flatten params to path -> array: exactly those that the config has, each of its shape."""
+def _config_json(path: Path, config: DecoderConfig, fields: dict[str, Any]) -> dict[str, Any]:
+    """Fill in what `fields` leaves out of a config.json; refuse what contradicts `config`."""
+    try:
+        if "model_type" not in fields:
+            # Said even where unknown: Transformers would otherwise assume LLaMA 2's ids.
+            fields = to_hf(config) | {"bos_token_id": None, "eos_token_id": None} | fields
+        if from_hf(fields) != config:
+            raise ValueError("config.json describes another model than these parameters")
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return fields
+
+
+def flat_params(config: DecoderConfig, params: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
+    """Flatten params to path -> array: exactly those that the config has, each of its shape.
+
+    `CheckpointError` names the first that is missing, unknown or of another shape.
+    """
     flat = jax.tree_util.tree_flatten_with_path(params)[0]
     leaves = {tuple(str(key.key) for key in path): leaf for path, leaf in flat}
     expected = {row.path: row.our_shape(config) for row in weights(config)}
     for path in [*expected, *leaves]:
-        found = leaves[path].shape if path in leaves else None
+        found = tuple(leaves[path].shape) if path in leaves else None
         if found != expected.get(path):
             raise CheckpointError(
                 f"params: {'.'.join(path)} has shape {found}, expected {expected.get(path)}"
@@ -264,19 +265,17 @@ def _leaves(config: DecoderConfig, params: Mapping[str, Any]) -> dict[tuple[str,
     return leaves
 
 
-def _shards(
-    config: DecoderConfig, leaves: Mapping[tuple[str, ...], Any], shard_bytes: int
-) -> Iterator[dict[str, np.ndarray]]:
-    """Yield tensors by name in groups of at most `shard_bytes`, or of one tensor."""
-    shard: dict[str, np.ndarray] = {}
-    size = 0
+def _planned(
+    config: DecoderConfig, leaves: Mapping[tuple[str, ...], Any], dtype: str | None
+) -> Iterator[Planned]:
+    """Yield every tensor of the table, to be made when it is written."""
     for row in weights(config):
-        leaf = np.asarray(leaves[row.path])
-        for layer, name in zip(row.layers(leaf), row.names(config), strict=True):
-            tensor = row.to_theirs(layer, config)
-            if shard and size + tensor.nbytes > shard_bytes:
-                yield shard
-                shard, size = {}, 0
-            shard[name] = tensor
-            size += tensor.nbytes
-    yield shard
+        leaf, names = leaves[row.path], row.names(config)
+        target = jnp.dtype(dtype or leaf.dtype)
+        stacked = len(leaf.shape) > len(row.ours)
+        for i, name in enumerate(names):
+
+            def read(row=row, leaf=leaf, name=name, at=i if stacked else ..., target=target):
+                return _cast(row.to_theirs(np.asarray(leaf[at]), config), target, name)
+
+            yield Planned(name, target, row.their_shape(config), read)

@@ -49,6 +49,16 @@ class _Lines:
         say(f"{self.label}: {self.done:,}/{self.total:,} {self.unit}, {rate:,.1f}/s, {tail}{note}")
 
 
+class _Silent:
+    """Nothing."""
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class _Bar:
     """A rich progress bar."""
 
@@ -81,9 +91,15 @@ class _Bar:
 
 
 @contextmanager
-def track(label: str, total: int, unit: str, done: int = 0) -> Generator[_Lines | _Bar]:
-    """Yields something with `advance(n=1, note="")`; `done` is what an earlier run had finished."""
-    bar = (_Bar if sys.stderr.isatty() else _Lines)(label, total, unit, done)
+def track(
+    label: str, total: int, unit: str, done: int = 0, *, shown: bool = True
+) -> Generator[_Lines | _Bar | _Silent]:
+    """Yields something with `advance(n=1, note="")`; `done` is what an earlier run had finished.
+
+    With `shown` false nothing is printed: for work that is at times too short to speak of.
+    """
+    kind = _Bar if sys.stderr.isatty() else _Lines
+    bar = kind(label, total, unit, done) if shown else _Silent()
     try:
         yield bar
     finally:

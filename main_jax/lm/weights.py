@@ -5,18 +5,20 @@ that index and shards agree and that no tensor is given twice; data is read tens
 """
 
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping
+import struct
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = ("F32", "BF16", "F16")
+DTYPES: dict[str, Any] = {"F32": np.float32, "BF16": jnp.bfloat16, "F16": np.float16}
 PICKLED = ("*.bin", "*.pt", "*.pth")
 
 Path = str | os.PathLike[str]
@@ -43,10 +45,16 @@ class Tensor(NamedTuple):
         if dtype not in DTYPES:
             raise CheckpointError(f"{where} has dtype {dtype}, not one of {', '.join(DTYPES)}")
 
-    def read(self, shape: tuple[int, ...]) -> np.ndarray:
-        """Read it, once it is checked."""
-        self.check(shape)
-        return self.handle.get_tensor(self.name)
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype it is stored in, once it is checked."""
+        return np.dtype(DTYPES[self.handle.get_slice(self.name).get_dtype()])
+
+    def read(self, ranges: Sequence[tuple[int, int]] = ()) -> np.ndarray:
+        """Read it, or only `ranges` (start, stop) of its axes, once it is checked."""
+        if not ranges:
+            return self.handle.get_tensor(self.name)
+        return self.handle.get_slice(self.name)[tuple(slice(*r) for r in ranges)]
 
 
 def local_folder(path: Path) -> epath.Path:
@@ -138,28 +146,73 @@ def _weight_map(folder: epath.Path) -> dict[str, str] | None:
     raise CheckpointError(f"{folder}: no weights ({SINGLE} or {INDEX})")
 
 
-def write_tensors(folder: epath.Path, shards: Iterable[Mapping[str, np.ndarray]]) -> None:
-    """Write each shard to a file, with an index if there are several, in place of what was there.
+class Planned(NamedTuple):
+    """A tensor to be written, whose data is made only when its turn comes."""
 
-    Arrays must be contiguous. Files get their names only once all are written.
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_tensors(
+    folder: epath.Path,
+    tensors: Iterable[Planned],
+    max_shard_bytes: int,
+    on_written: Callable[[int], None] = lambda elements: None,
+) -> None:
+    """Write safetensors of at most `max_shard_bytes` (or one tensor), in place of what was there.
+
+    One tensor is in memory at a time: the library could only write a file of tensors that are all
+    there. Several files get an index. Files get their names only once all are written.
     """
     for stale in folder.glob("tmp-*.safetensors"):
         stale.unlink()
-    written: list[tuple[epath.Path, list[str]]] = []
-    total = 0
-    for shard in shards:
-        file = folder / f"tmp-{len(written)}.safetensors"
-        # The label tells Transformers that matrices are [out, in], as PyTorch has them.
-        file.write_bytes(save(dict(shard), metadata={"format": "pt"}))
-        total += sum(tensor.nbytes for tensor in shard.values())
-        written.append((file, list(shard)))
+    shards: list[list[Planned]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(tensor)
+    files = [folder / f"tmp-{i}.safetensors" for i in range(len(shards))]
+    for file, shard in zip(files, shards, strict=True):
+        _write_shard(file, shard, on_written)
     for old in [*folder.glob("model*.safetensors"), folder / INDEX]:
         old.unlink(missing_ok=True)
     weight_map: dict[str, str] = {}
-    for i, (file, tensors) in enumerate(written, start=1):
-        name = SINGLE if len(written) == 1 else f"model-{i:05d}-of-{len(written):05d}.safetensors"
+    for i, (file, shard) in enumerate(zip(files, shards, strict=True), start=1):
+        name = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         file.replace(folder / name)
-        weight_map |= dict.fromkeys(tensors, name)
-    if len(written) > 1:
+        weight_map |= {tensor.name: name for tensor in shard}
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for shard in shards for tensor in shard)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _write_shard(
+    file: epath.Path, tensors: Sequence[Planned], on_written: Callable[[int], None]
+) -> None:
+    """Write one file: the header's length in 8 bytes, the header in JSON, the data in its order."""
+    codes = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+    # The label tells Transformers that matrices are [out, in], as PyTorch has them.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        begin, end = end, end + tensor.nbytes
+        entry = {"dtype": codes[tensor.dtype], "shape": tensor.shape, "data_offsets": [begin, end]}
+        header[tensor.name] = entry
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begins aligned
+    with file.open("wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors:
+            data = np.ascontiguousarray(tensor.read())
+            if (data.dtype, data.shape) != (tensor.dtype, tensor.shape):
+                raise CheckpointError(f"{file}: tensor {tensor.name} is not what was planned")
+            out.write(data.reshape(-1).view(np.uint8).data)
+            on_written(math.prod(tensor.shape))

@@ -74,7 +74,7 @@ def _pretrain(run: Run, out: epath.Path) -> None:
     )
     params = load_params(out / "pretraining" / "checkpoints", decoder)
     special = {"bos_token_id": bos, "eos_token_id": eos}
-    save_checkpoint(out / "base", config, params, extra=special)
+    save_checkpoint(out / "base", config, params, fields=special)
     save_tokenizer(str(out / "base"))
 
 

@@ -77,8 +77,12 @@ def align(run: Run, out: epath.Path) -> dict[str, int]:
 
 def trained(out: epath.Path, part: str, direction: Direction, base: Checkpoint) -> LanguageModel:
     """The model of one direction at the end of a part of the stage: `round-0`, ..., or `control`."""
-    path = out / part / direction / "checkpoints"
-    return LanguageModel(base.decoder, load_params(path, base.decoder))
+    return LanguageModel(base.decoder, load_params(trained_at(out, part, direction), base.decoder))
+
+
+def trained_at(out: epath.Path, part: str, direction: Direction) -> epath.Path:
+    """Where its checkpoints are."""
+    return out / part / direction / "checkpoints"
 
 
 def round_zero(settings: Align) -> TrainingSettings:

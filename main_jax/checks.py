@@ -37,11 +37,25 @@ def check_output(path: epath.PathLike, key: str) -> None:
 def parse_size(text: str) -> int:
     """Bytes of a size such as `5GB`, `500MB`, `2GiB` or `1000`. Raises ValueError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([KMGT])(i?))?B?", str(text), re.IGNORECASE)
-    if not match or not float(match[1]):
+    if not match:
         raise ValueError(f"max_shard_size: expected a size such as 5GB or 500MB, found {text!r}")
     number, unit, binary = match.groups()
     power = " KMGT".index(unit.upper()) if unit else 0
-    return int(float(number) * (1024 if binary else 1000) ** power)
+    size = int(float(number) * (1024 if binary else 1000) ** power)
+    if not size:
+        raise ValueError(f"max_shard_size: expected at least one byte, found {text!r}")
+    return size
+
+
+def check_new(path: str, key: str) -> Path:
+    """The absolute path of a folder that is to be made. Raises UserError unless the name is free."""
+    if "://" in path:
+        raise UserError(f"{key}: {path}: expected a local folder; copy it there afterwards")
+    target = Path(path).expanduser().absolute()
+    if os.path.lexists(target):
+        raise UserError(f"{key}: {path}: is there already; choose a new name")
+    check_output(target, key)
+    return target.parent.resolve() / target.name
 
 
 def check_room(path: epath.PathLike, needed: int, what: str) -> None:

@@ -271,11 +271,10 @@ def convert_folder(arguments: argparse.Namespace) -> int:
     """`convert`."""
     size = _shard_bytes(arguments)
     from main_jax.convert import convert
-    from main_jax.hub import find_model
     from main_jax.lm.runtime import initialize
 
     initialize()
-    convert(find_model(arguments.source, "SRC"), arguments.destination, arguments.dtype, size)
+    convert(arguments.source, arguments.destination, arguments.dtype, size)
     return 0
 
 

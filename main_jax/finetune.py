@@ -77,6 +77,9 @@ def kept_by_arm(run: Run, arm: str) -> np.ndarray:
 def finetuned(run: Run, arm: str) -> LanguageModel:
     """The final model of an arm."""
     decoder = run.base.decoder
-    return LanguageModel(
-        decoder, load_params(run.directory("finetune") / arm / "checkpoints", decoder)
-    )
+    return LanguageModel(decoder, load_params(finetuned_at(run, arm), decoder))
+
+
+def finetuned_at(run: Run, arm: str) -> epath.Path:
+    """Where its checkpoints are."""
+    return run.directory("finetune") / arm / "checkpoints"

@@ -14,11 +14,12 @@ from etils import epath
 from main_jax.config import Runtime
 from main_jax.errors import UserError
 from main_jax.lm import hf
+from main_jax.lm.arch import DecoderConfig
 from main_jax.lm.checkpoint import load_params, stored_params
 from main_jax.lm.model import Decoder
 from main_jax.lm.runtime import compute_dtype
 from main_jax.lm.tokenizer import load_tokenizer
-from main_jax.lm.weights import read_json
+from main_jax.lm.weights import INDEX, SINGLE, read_json
 from main_jax.prompts import Prompt
 
 
@@ -68,15 +69,19 @@ ORBAX = "checkpoints"
 
 def is_orbax(path: str) -> bool:
     """Whether a model folder holds its weights in Orbax's form."""
-    return (epath.Path(path) / ORBAX).is_dir()
+    folder = epath.Path(path)
+    return (folder / ORBAX).is_dir() and not any((folder / f).exists() for f in (SINGLE, INDEX))
 
 
-def stored(path: str) -> dict[str, Any]:
+def stored(path: str, config: DecoderConfig) -> dict[str, Any]:
     """The parameters of an Orbax model folder, none of them read yet. Raises CheckpointError."""
+    params = stored_params(epath.Path(path) / ORBAX)
     try:
-        return stored_params(epath.Path(path) / ORBAX)
-    except FileNotFoundError as error:
-        raise hf.CheckpointError(str(error)) from None
+        hf.flat_params(config, params)
+    except hf.CheckpointError as error:
+        reason = f"{ORBAX}/ does not belong to config.json ({error})"
+        raise hf.CheckpointError(f"{path}: {reason}") from None
+    return params
 
 
 def stored_dtype(path: str) -> str:
@@ -90,7 +95,7 @@ def open_checkpoint(path: str, runtime: Runtime) -> Checkpoint:
     """Checks a model folder without loading its weights. Raises CheckpointError."""
     if is_orbax(path):
         config = hf.load_config(path)
-        hf.flat_params(config, stored(path))
+        stored(path, config)
     else:
         config = hf.check_checkpoint(path)
     decoder = Decoder(

@@ -6,6 +6,7 @@ execute(run)                # or execute(run, "score") for one stage
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -143,8 +144,8 @@ def existing_run(path: str) -> Run:
     file = epath.Path(path).expanduser() / "config.yaml"
     if not file.exists():
         raise UserError(f"{path}: no run here (no config.yaml); give a run's output_dir")
-    config = load_config(Config, str(file), ["--output_dir", path])
-    return Run(config, stages_of(config))
+    config = dataclasses.replace(load_config(Config, str(file)), output_dir=path)
+    return Run(config, stages_of(config), from_manifest=True)
 
 
 def execute(run: Run, stage: str | None = None, show_example: bool = False) -> None:

@@ -49,10 +49,14 @@ class Stage:
 
 
 class Run:
-    """A configuration and its directory. `stages` are those of `pipeline.STAGES` that apply."""
+    """A configuration and its directory. `stages` are those of `pipeline.STAGES` that apply.
 
-    def __init__(self, config: Config, stages: tuple[Stage, ...]):
-        self.config = config
+    `from_manifest`: a run that is only read. The user's files, which may be gone, are then taken to be
+    those that were prepared.
+    """
+
+    def __init__(self, config: Config, stages: tuple[Stage, ...], from_manifest: bool = False):
+        self.config, self.from_manifest = config, from_manifest
         self.path = epath.Path(config.output_dir).expanduser()
         self.stages = {stage.name: stage for stage in stages}
 
@@ -162,7 +166,7 @@ class Run:
     def check_needs(self, name: str) -> None:
         """Raises UserError when a stage that this one reads is not done for this configuration."""
         for needed in self.stages[name].needs:
-            if not (self.is_current(needed) and self._manifest(needed)["status"] == "done"):
+            if not self.is_done(needed):
                 raise UserError(
                     f"stage {name} needs stage {needed}, which is not done for this configuration; "
                     f"run `main-jax {needed} CONFIG` or `main-jax run CONFIG` first"
@@ -171,6 +175,19 @@ class Run:
     def is_current(self, name: str) -> bool:
         """Whether what is there of a stage, finished or not, belongs to this configuration."""
         return self._manifest(name).get("fingerprint") == self.fingerprint(name)
+
+    def is_done(self, name: str) -> bool:
+        """Whether a stage is finished for this configuration."""
+        return self.is_current(name) and self._manifest(name)["status"] == "done"
+
+    def check_base(self) -> None:
+        """Raises UserError where the base model is not the one that the run was made from."""
+        if self.world:
+            return
+        if digest(epath.Path(self.input_path("model"))) != self._file_digests["model"]:
+            raise UserError(
+                f"model_name_or_path: {self.base.path} has changed since this run was made from it"
+            )
 
     def seconds(self) -> dict[str, float]:
         """Seconds of every stage that is done."""
@@ -208,6 +225,8 @@ class Run:
 
     @cached_property
     def _file_digests(self) -> dict[str, str]:
+        if self.from_manifest:
+            return self._manifest("prepare").get("inputs", {})
         return {
             name: digest(epath.Path(self.input_path(name)))
             for name in ("model", "seed", "responses")

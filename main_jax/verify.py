@@ -32,6 +32,7 @@ from main_jax.lm.hf import check_checkpoint, load_checkpoint
 from main_jax.lm.model import Decoder
 from main_jax.lm.progress import say
 from main_jax.lm.weights import one_line
+from main_jax.models import is_orbax
 
 CHUNK_LOGITS = 1 << 23
 """Logits of ours, and their float64 copies, alive at once (64 MiB each)."""
@@ -136,17 +137,19 @@ def verify(path: str, *, positions: int = 512, tolerance: float = 1e-3, seed: in
         raise UserError(f"tolerance: must be a positive number, found {tolerance:g}")
     if seed < 0:
         raise UserError(f"seed: must not be negative, found {seed}")
+    try:
+        import torch
+    except ImportError:
+        raise UserError(NO_TORCH) from None
     path = find_model(path, "DIR")
+    if is_orbax(path):
+        raise UserError(f"{path}: holds Orbax weights; `main-jax convert` it first")
     config = check_checkpoint(path)
     limit = config.max_position_embeddings
     if positions > limit:
         raise UserError(
             f"positions: {positions} is more than max_position_embeddings of {path}, {limit}"
         )
-    try:
-        import torch
-    except ImportError:
-        raise UserError(NO_TORCH) from None
     import transformers
 
     tokens = np.random.default_rng(seed).integers(config.vocab_size, size=positions)

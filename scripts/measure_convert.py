@@ -25,8 +25,8 @@ from etils import epath
 from safetensors import safe_open
 
 from main_jax.lm.arch import PRESETS, DecoderConfig
-from main_jax.lm.hf import weights
 from main_jax.lm.hf_config import to_hf
+from main_jax.lm.hf_table import weights
 from main_jax.lm.weights import Planned, write_tensors
 
 MB = 1_000_000

@@ -10,19 +10,10 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
-from tiny_llama import make_tiny_llama, tiny_config, tiny_tensors
+from tiny_llama import LLAMA3_ROPE, make_tiny_llama, tiny_config, tiny_tensors
 
 SIZES = {"vocab_size": 307, "num_hidden_layers": 2, "max_position_embeddings": 512}
-REVERSE = {  # the reverse model is of another make
-    "tie_word_embeddings": True,
-    "rope_scaling": {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    },
-}
+REVERSE = {"tie_word_embeddings": True, "rope_scaling": LLAMA3_ROPE}  # of another make
 SUMS = ("forward_nll_sum", "response_nll_sum", "reverse_nll_sum", "instruction_nll_sum")
 
 ROWS = [
@@ -82,11 +73,12 @@ def reference(forward: Path, reverse: Path, template: str, rows: list[dict]) -> 
     """Sums in nats and counts of every row, by transformers on PyTorch."""
     import torch
     from tokenizers import Tokenizer
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     tokenizer = Tokenizer.from_file(str(forward / "tokenizer.json"))
+    load = AutoModelForCausalLM.from_pretrained
     models = {
-        name: LlamaForCausalLM.from_pretrained(path, attn_implementation="eager").double().eval()
+        name: load(path, attn_implementation="eager").double().eval()
         for name, path in (("forward", forward), ("reverse", reverse))
     }
 

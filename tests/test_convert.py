@@ -95,6 +95,7 @@ def test_another_dtype_each_way(tiny, orbax, tmp_path, dtype):
     convert(str(tiny), str(tmp_path / "there"), dtype)
     convert(str(tmp_path / "there"), str(tmp_path / "back"))
     convert(str(orbax), str(tmp_path / "direct"), dtype)
+    assert stored_dtype(str(tmp_path / "there")) == dtype
     expected = {k: v.astype(load_checkpoint(tiny, dtype)[1]["norm"]["scale"].dtype)
                 for k, v in tensors(tiny).items()}  # fmt: skip
     for name in ("back", "direct"):
@@ -110,7 +111,7 @@ def test_every_stop_id_is_listed(tiny, tmp_path):
     convert(str(model), str(tmp_path / "there"))
     convert(str(tmp_path / "there"), str(tmp_path / "back"))
     found = json.loads((tmp_path / "back" / "generation_config.json").read_text())
-    assert found == {"eos_token_id": [2, 7], "temperature": 0.6}
+    assert found == {"eos_token_id": [7, 2], "temperature": 0.6}
     (model / "generation_config.json").unlink()
     convert(str(model), str(tmp_path / "alone"))
     assert stop_ids(tmp_path / "alone") == (2,)
@@ -134,11 +135,20 @@ def test_failures_leave_nothing_behind(tiny, tmp_path, capsys):
 
 
 def test_mistakes(tiny, orbax, tmp_path, capsys, monkeypatch):
-    assert "is there already" in refused(capsys, "convert", tiny, orbax)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("nowhere")
+    for taken in (orbax, tmp_path / "empty", tmp_path / "link", "."):
+        assert "is there already" in refused(capsys, "convert", tiny, taken)
+    assert "local folder" in refused(capsys, "convert", tiny, "gs://bucket/model")
+    assert "inside SRC" in refused(capsys, "convert", orbax, orbax / "checkpoints" / "5")
+    # What is cheap to check comes before a model that may have to be fetched.
+    assert "is there already" in refused(capsys, "convert", "org/name", orbax)
+    assert "Orbax weights" in refused(capsys, "verify", orbax)
     assert "is there already" in refused(capsys, "convert", tiny, tiny / "config.json")
     assert "no such directory" in refused(capsys, "convert", tmp_path / "nowhere", tmp_path / "new")
-    line = refused(capsys, "convert", orbax, tmp_path / "new", "--max-shard-size", "big")
-    assert "max_shard_size" in line and "5GB" in line
+    for size in ("big", "0", "0.1B"):
+        line = refused(capsys, "convert", orbax, tmp_path / "new", "--max-shard-size", size)
+        assert "max_shard_size" in line and size in line
     line = refused(capsys, "convert", tiny, tmp_path / "new", "--max-shard-size", "1GB")
     assert "max_shard_size" in line and "Orbax" in line
     assert "--dtype" in refused(capsys, "convert", orbax, tmp_path / "new", "--dtype", "int8")
@@ -148,18 +158,58 @@ def test_mistakes(tiny, orbax, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "new").exists()
 
 
+def test_faults_are_found_before_the_weights_are_written(tiny, tmp_path, capsys, monkeypatch):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    (model / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    monkeypatch.setattr("main_jax.lm.hf.load_checkpoint", None)
+    assert "eos_token_id" in refused(capsys, "convert", model, tmp_path / "new")
+
+
+def test_a_hugging_face_folder_may_have_checkpoints(tiny, tmp_path):
+    """Trainers leave such subfolders."""
+    model = shutil.copytree(tiny, tmp_path / "model")
+    (model / "checkpoints" / "500").mkdir(parents=True)
+    assert not is_orbax(str(model))
+    assert open_checkpoint(str(model), Runtime()).load().keys() == {
+        "embed",
+        "head",
+        "layers",
+        "norm",
+    }
+
+
 def test_an_orbax_folder_that_does_not_fit_its_config(orbax, tmp_path):
     copy = shutil.copytree(orbax, tmp_path / "copy")
     change_config(copy, hidden_size=44)
-    with pytest.raises(CheckpointError, match=r"embed.embedding.*\(307, 48\).*\(307, 44\)"):
+    wrong = rf"{copy}: .*embed.embedding.*\(307, 48\).*\(307, 44\)"
+    with pytest.raises(CheckpointError, match=wrong):
         open_checkpoint(str(copy), Runtime())
     change_config(copy, hidden_size=48, tie_word_embeddings=True)
     with pytest.raises(CheckpointError, match=r"head.kernel.*None"):
         open_checkpoint(str(copy), Runtime())
+
+
+@pytest.mark.parametrize("part", ["", "_METADATA", "manifest.ocdbt", "d"])
+def test_damage_is_one_line(part, orbax, tmp_path, capsys):
+    copy = shutil.copytree(orbax, tmp_path / "copy")
+    broken = copy / "checkpoints" / "0" / "params" / part
+    shutil.rmtree(broken) if broken.is_dir() else broken.write_bytes(b"")
+    assert "damaged" in refused(capsys, "convert", copy, tmp_path / "new")
+    pairs = write(tmp_path / "pairs.jsonl", ROWS)
+    files = ("--data", pairs, "--output", tmp_path / "out.jsonl")
+    code, _, err = call(capsys, "score", "--forward-model", copy, *files)
+    assert code == 2 and "damaged" in err.splitlines()[-1] and "Traceback" not in err
     shutil.rmtree(copy / "checkpoints" / "0")
-    assert is_orbax(str(copy))
     with pytest.raises(CheckpointError, match="no checkpoint here"):
         open_checkpoint(str(copy), Runtime())
+
+
+def test_reading_leaves_alone_what_is_being_saved(orbax, tmp_path):
+    copy = shutil.copytree(orbax, tmp_path / "copy")
+    saving = copy / "checkpoints" / "1.orbax-checkpoint-tmp"
+    saving.mkdir()
+    open_checkpoint(str(copy), Runtime()).load()
+    assert saving.exists()
 
 
 @needs_torch

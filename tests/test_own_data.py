@@ -320,10 +320,34 @@ def test_the_whole_pipeline(own, tmp_path, capsys):
         ((run, tmp_path / "reverse"), "is there already"),
         ((run, tmp_path / "new", "--model", "best"), "seed_only, mutual, forward, reverse"),
         ((folder, tmp_path / "new"), "no run here"),
+        ((run, run), "is there already"),
     ):
         code, _, err = call(capsys, "export", *arguments)
         assert code == 2 and part in err and len(err.splitlines()) == 1
     assert not (tmp_path / "new").exists()
+
+    # Only what belongs to the run's configuration is handed out, and only when it is finished.
+    written = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(written.replace("template: none", "template: plain"))
+    code, _, err = call(capsys, "export", run, tmp_path / "new")
+    assert code == 2 and "finetune is not done" in err
+    (run / "config.yaml").write_text(written)
+    unfinished = stage_dir(run, "finetune") / "manifest.json"
+    state = unfinished.read_text()
+    unfinished.write_text(state.replace('"done"', '"running"'))
+    code, _, err = call(capsys, "export", run, tmp_path / "new")
+    assert code == 2 and "finetune is not done" in err
+    unfinished.write_text(state)
+    # The user's data may be gone by then, the base model may not have changed.
+    seed_file = folder / "seed.jsonl"
+    seed_file.rename(folder / "gone.jsonl")
+    assert call(capsys, "export", run, tmp_path / "later")[0] == 0
+    (folder / "gone.jsonl").rename(seed_file)
+    settings = (folder / "model" / "generation_config.json").read_text()
+    (folder / "model" / "generation_config.json").write_text("{}")
+    code, _, err = call(capsys, "export", run, tmp_path / "new")
+    assert code == 2 and "has changed" in err
+    (folder / "model" / "generation_config.json").write_text(settings)
 
     # Again: nothing is done, no byte changes.
     before = snapshot(run)

@@ -1,7 +1,9 @@
-"""Make a tiny random LLaMA folder in Hugging Face's format, tokenizer included, without torch.
+"""Make a tiny random model folder in Hugging Face's format, tokenizer included, without torch.
 
     path = make_tiny_llama(tmp_path / "model", seed=1, num_hidden_layers=2)
+    path = make_tiny_llama(tmp_path / "model", seed=1, **FAMILIES["qwen3"])
 
+A LLaMA by itself; `FAMILIES` has what the config.json of every supported family says otherwise.
 All dimensions differ (heads * head_dim != hidden != ffn, kv heads != heads), so that no
 transposition can hide, and the tokenizer has fewer tokens than the model has rows. Like LLaMA's,
 it puts <s> before a text on its own. Names and layouts are written out here once more, on purpose:
@@ -13,7 +15,16 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 SPECIAL = ["<pad>", "<s>", "</s>"]
 CORPUS = [
@@ -24,9 +35,40 @@ CORPUS = [
     "The instruction describes a task; the response completes the task.",
 ]
 
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,  # so that it bites within 512 positions
+}
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "rope_theta": 1e6,
+    "rms_norm_eps": 1e-6,
+    # As in the published files: a window that is switched off, and means nothing.
+    "use_sliding_window": False,
+    "sliding_window": 64,
+    "max_window_layers": 2,
+}
+QWEN3 = QWEN2 | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+FAMILIES: dict[str, dict] = {
+    "llama-2": {},
+    "llama-3": {"rope_theta": 5e5, "rope_scaling": LLAMA3_ROPE},
+    "mistral-v0.1": MISTRAL | {"sliding_window": 48},
+    "mistral-v0.3": MISTRAL | {"sliding_window": None, "rope_theta": 1e6},
+    "qwen2": QWEN2,
+    "qwen2-tied": QWEN2 | {"tie_word_embeddings": True},
+    "qwen2-window": QWEN2
+    | {"use_sliding_window": True, "sliding_window": 48, "max_window_layers": 0},
+    "qwen3": QWEN3 | {"attention_bias": False, "sliding_window": None, "max_window_layers": 3},
+}
+
 
 def tiny_config(vocab_size: int = 307, **overrides) -> dict:
-    """Give the config.json of a tiny LLaMA."""
+    """Give the config.json of a tiny LLaMA, or, with one of `FAMILIES`, of another model."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -80,13 +122,39 @@ def tiny_tensors(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
         }
     if not config["tie_word_embeddings"]:
         tensors["lm_head.weight"] = matrix(v, d)
+    # What only some families have comes from a generator of its own: the others do not change.
+    rng = np.random.default_rng([seed, 1])
+    for i in range(config["num_hidden_layers"]):
+        attention = f"model.layers.{i}.self_attn"
+        if config["model_type"] == "qwen2":
+            for name, size in (("q", n * h), ("k", k * h), ("v", k * h)):
+                tensors[f"{attention}.{name}_proj.bias"] = rng.normal(size=size).astype(np.float32)
+        if config["model_type"] == "qwen3":
+            for name in ("q_norm", "k_norm"):
+                scale = 1 + 0.3 * rng.normal(size=h)
+                tensors[f"{attention}.{name}.weight"] = scale.astype(np.float32)
     return tensors
 
 
-def tiny_tokenizer(size: int) -> Tokenizer:
-    """Train a byte-level BPE tokenizer of at most `size` tokens (at least 259)."""
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def tiny_tokenizer(size: int, model_type: str = "llama") -> Tokenizer:
+    """Train a byte-level BPE tokenizer of at most `size` tokens (at least 259).
+
+    That of a Qwen splits texts as its published ones do: in a folder with a Qwen2 model
+    Transformers does so whatever the file says.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if model_type in ("qwen2", "qwen3"):
+        tokenizer.normalizer = normalizers.NFC()
+        words = pre_tokenizers.Split(Regex(QWEN2_WORDS), behavior="isolated")
+        letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,
@@ -115,7 +183,7 @@ def make_tiny_llama(path, *, seed: int = 0, vocab_size: int = 307, **config_over
     )
     tensors = tiny_tensors(config, seed)
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    tiny_tokenizer(vocab_size - 7).save(str(path / "tokenizer.json"))
+    tiny_tokenizer(vocab_size - 7, config["model_type"]).save(str(path / "tokenizer.json"))
     (path / "tokenizer_config.json").write_text(
         json.dumps(
             {

@@ -6,6 +6,8 @@ a finished training holds the parameters alone.
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ from etils import epath
 
 from main_jax.lm.model import Decoder
 from main_jax.lm.step import TrainState
+from main_jax.lm.weights import CheckpointError, one_line
 
 PARTS = ("params", "opt_state", "weighting")
 
@@ -24,13 +27,22 @@ class Checkpoints:
     """The checkpoints of one training, in one directory. Use as a context manager.
 
     `concurrent_bytes` bounds what a save holds on the host at a time; it must exceed the largest array.
+    `read_only` leaves alone what another process may just be saving.
     """
 
-    def __init__(self, directory: epath.PathLike, concurrent_bytes: int = 96 * 10**9):
+    def __init__(
+        self,
+        directory: epath.PathLike,
+        concurrent_bytes: int = 96 * 10**9,
+        *,
+        read_only: bool = False,
+    ):
         limit: Any = concurrent_bytes / 10**9
+        writing = ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True)
+        reading = ocp.CheckpointManagerOptions(read_only=True, create=False)
         self._manager = ocp.CheckpointManager(
             epath.Path(directory).absolute(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True),
+            options=reading if read_only else writing,
             item_handlers={
                 p: ocp.StandardCheckpointHandler(save_concurrent_gb=limit) for p in PARTS
             },
@@ -97,12 +109,28 @@ def _on_this_device(tree: Any) -> Any:
 
 
 def load_params(directory: epath.PathLike, decoder: Decoder) -> Any:
-    """The newest parameters under `directory`. Raises FileNotFoundError when there are none."""
-    with Checkpoints(directory) as checkpoints:
-        step = checkpoints.latest_step
-        if step is None:
-            raise FileNotFoundError(f"{directory}: no checkpoint here")
-        return checkpoints.restore_params(step, decoder)
+    """The newest parameters under `directory`. Raises CheckpointError where none can be read."""
+    with _readable(directory), Checkpoints(directory, read_only=True) as checkpoints:
+        return checkpoints.restore_params(_newest(checkpoints, directory), decoder)
+
+
+def _newest(checkpoints: Checkpoints, directory: epath.PathLike) -> int:
+    step = checkpoints.latest_step
+    if step is None:
+        raise CheckpointError(f"{directory}: no checkpoint here")
+    return step
+
+
+@contextmanager
+def _readable(directory: epath.PathLike) -> Generator[None]:
+    """Says in one line that a checkpoint is damaged; Orbax raises whatever came up."""
+    try:
+        yield
+    except (CheckpointError, MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"[:200]
+        raise CheckpointError(f"{directory}: damaged checkpoint ({reason})") from None
 
 
 # ------------------------------------------------------------------------------- one array at a time
@@ -131,26 +159,31 @@ class StoredArray:
         for key in reversed(self.path):
             wanted, item = {key: wanted}, {key: item}
         args = ocp.args.PyTreeRestore(item=item, restore_args=wanted, partial_restore=True)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            restored = checkpointer.restore(self.folder, args=args)
-        return jax.tree.leaves(restored)[0]
+        with (
+            _readable(self.folder),
+            ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
+        ):
+            return jax.tree.leaves(checkpointer.restore(self.folder, args=args))[0]
 
 
 def stored_params(directory: epath.PathLike) -> dict[str, Any]:
     """The newest parameters under `directory` as a tree of `StoredArray`, nothing of it read yet.
 
-    Raises FileNotFoundError when there are none.
+    Raises CheckpointError where there are none.
     """
-    with Checkpoints(directory) as checkpoints:
-        step = checkpoints.latest_step
-    if step is None:
-        raise FileNotFoundError(f"{directory}: no checkpoint here")
-    folder, held = epath.Path(directory).absolute() / str(step) / "params", {}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        tree = checkpointer.metadata(folder).item_metadata.tree
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: StoredArray(
-            tuple(key.key for key in path), tuple(leaf.shape), np.dtype(leaf.dtype), folder, held
-        ),
-        tree,
-    )
+    with _readable(directory):
+        with Checkpoints(directory, read_only=True) as checkpoints:
+            step = _newest(checkpoints, directory)
+        folder, held = epath.Path(directory).absolute() / str(step) / "params", {}
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            tree = checkpointer.metadata(folder).item_metadata.tree
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: StoredArray(
+                tuple(key.key for key in path),
+                tuple(leaf.shape),
+                np.dtype(leaf.dtype),
+                folder,
+                held,
+            ),
+            tree,
+        )

@@ -12,7 +12,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -87,8 +87,8 @@ def load_checkpoint(
 
     `shardings` is a tree like params, or one for all; by default they are put on the first device.
     Of every tensor only what this process's devices hold is read and cast. Beyond the arrays the
-    host holds one stacked parameter (its part here), made by `buffer(shape, dtype)`, and one tensor
-    of the file. Raises `CheckpointError`.
+    host holds one device's part of one stacked parameter, made by `buffer(shape, dtype)`, and one
+    tensor of the file. Raises `CheckpointError`.
     """
     folder = local_folder(path)
     config = load_config(folder)
@@ -125,23 +125,40 @@ def _load_leaf(
     buffer: Callable[..., np.ndarray],
 ) -> jax.Array:
     """Read one row of the table into one array, each part of it once however many devices hold it."""
-    names, shape = row.names(config), row.our_shape(config)
-    stored = functools.reduce(jnp.promote_types, {tensors[name].dtype for name in names})
-    target = jnp.dtype(dtype or stored)
-    parts: dict[Any, np.ndarray] = {}
-
-    def part(index: Any) -> np.ndarray:
+    shape, stored = row.our_shape(config), {tensors[name].dtype for name in row.names(config)}
+    target = jnp.dtype(dtype or functools.reduce(jnp.promote_types, stored))
+    holders: dict[Any, list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
         ranges = tuple(i.indices(n)[:2] for i, n in zip(index, shape, strict=True))
-        if ranges not in parts:
-            parts[ranges] = out = buffer([stop - start for start, stop in ranges], target)
-            stacked = len(shape) > len(row.ours)
-            for i, name in enumerate(names[slice(*ranges[0])] if stacked else names):
-                layer = row.read(tensors[name], index[-len(row.ours) :], config)
-                (out[i] if stacked else out)[...] = _cast(layer, target, name)
-        return parts[ranges]
+        holders.setdefault(ranges, []).append(device)
+    placed = []
+    for ranges, devices in holders.items():
+        part = buffer([stop - start for start, stop in ranges], target)
+        _fill(part, row, config, tensors, ranges)
+        # Waiting keeps the next part from being read before this one's buffer is free.
+        placed += jax.block_until_ready([jax.device_put(part, device) for device in devices])
+        del part
+    return jax.make_array_from_single_device_arrays(shape, sharding, placed)
 
-    # Waiting keeps the next part's buffer from being filled before this one's is free.
-    return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, part))
+
+def _fill(
+    part: np.ndarray,
+    row: Weight,
+    config: DecoderConfig,
+    tensors: Mapping[str, Tensor],
+    ranges: Sequence[tuple[int, int]],
+) -> None:
+    """Read the part of a parameter that lies within `ranges`, cast and transposed on the way."""
+    names, index = row.names(config), [slice(*r) for r in ranges]
+    if len(ranges) > len(row.ours):
+        names, index = names[index[0]], index[1:]
+    for out, name in zip(row.layers(part), names, strict=True):
+        layer = _cast(row.read(tensors[name], index, config), part.dtype, name)
+        for start in range(
+            0, layer.shape[-1], 256
+        ):  # one transposition at once takes 3 times as long
+            tile = slice(start, start + 256)
+            out[..., tile] = layer[..., tile]
 
 
 def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
@@ -194,7 +211,7 @@ def stop_ids(path: Path) -> tuple[int, ...]:
     folder = local_folder(path)
     for file in (folder / "generation_config.json", folder / "config.json"):
         value = read_json(file).get("eos_token_id") if file.exists() else None
-        if value is None:
+        if value is None or value == []:
             continue
         ids = value if isinstance(value, list) else [value]
         if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
@@ -225,8 +242,8 @@ def save_checkpoint(
     leaves = flat_params(config, params)
     written = _config_json(path, config, dict(fields or {}))
     dtypes = {str(jnp.dtype(dtype or leaf.dtype)) for leaf in leaves.values()}
-    written["dtype"] = dtypes.pop() if len(dtypes) == 1 else "float32"
-    written.pop("torch_dtype", None)
+    key = "torch_dtype" if "torch_dtype" in written else "dtype"  # the older and the newer name
+    written[key] = dtypes.pop() if len(dtypes) == 1 else "float32"
     folder = epath.Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     total = config.num_params()
@@ -275,7 +292,14 @@ def _planned(
         stacked = len(leaf.shape) > len(row.ours)
         for i, name in enumerate(names):
 
-            def read(row=row, leaf=leaf, name=name, at=i if stacked else ..., target=target):
-                return _cast(row.to_theirs(np.asarray(leaf[at]), config), target, name)
+            def read(row=row, leaf=leaf, name=name, layer=i if stacked else None, target=target):
+                return _cast(row.to_theirs(_on_host(leaf, layer), config), target, name)
 
             yield Planned(name, target, row.their_shape(config), read)
+
+
+def _on_host(leaf: Any, layer: int | None) -> np.ndarray:
+    """Copy one layer, or all where there are none. Of `leaf` itself JAX would keep the host's copy."""
+    if layer is None and isinstance(leaf, jax.Array):
+        leaf = jnp.copy(leaf)
+    return np.asarray(leaf[... if layer is None else layer])

@@ -72,6 +72,10 @@ HONOURED_VALUES: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (None, 1.0),
     "quantization_config": (None,),
     "is_encoder_decoder": (None, False),
+    "is_causal": (None, True),
+    "per_layer_config": (None,),
+    "fusion_config": (None,),
+    "transformers_weights": (None, "model.safetensors"),
 }
 
 IGNORED_FIELDS = {
@@ -98,16 +102,16 @@ IGNORED_FIELDS = {
 def from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     """Read a parsed config.json; `ValueError` names the field that cannot be honoured."""
     model_type = hf.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         supported = ", ".join(FAMILIES)
         raise ValueError(f"model_type: {model_type!r} is not supported (only {supported})")
     family = FAMILIES[model_type]
-    architectures = hf.get("architectures")
-    if architectures and family.architecture not in architectures:
+    architectures = hf.get("architectures") or [family.architecture]
+    if not isinstance(architectures, list) or family.architecture not in architectures:
         raise ValueError(
             f"architectures: {architectures!r} is not supported (only {family.architecture})"
         )
-    if "AutoModelForCausalLM" in (hf.get("auto_map") or {}):
+    if "AutoModelForCausalLM" in str(hf.get("auto_map")):
         raise ValueError("auto_map: the model brings its own code, which is never run")
     for name, allowed in HONOURED_VALUES.items():
         if hf.get(name) not in allowed:
@@ -200,10 +204,12 @@ def _read_window(hf: Mapping[str, Any], family: Family, layers: int) -> int | No
         raise ValueError(f"sliding_window: {window!r} has no meaning in a {hf['model_type']} model")
     first = 0
     if family.window == "switched":
-        window = window if hf.get("use_sliding_window") else None
-        first = hf.get("max_window_layers", 28)
+        switch, first = hf.get("use_sliding_window"), hf.get("max_window_layers", 28)
+        if switch not in (None, True, False):
+            raise ValueError(f"use_sliding_window: must be true or false, found {switch!r}")
         if not isinstance(first, int):
             raise ValueError(f"max_window_layers: must be a whole number, found {first!r}")
+        window = window if switch else None
     derived = [window is not None and layer >= first for layer in range(layers)]
     kinds = hf.get("layer_types") or [_LAYER_TYPES[d] for d in derived]
     if (
@@ -259,7 +265,7 @@ def _read_scaling(
     where: str, table: Mapping[str, Any], hf: Mapping[str, Any], positions: int
 ) -> RopeScaling | None:
     kind = table.get("rope_type", table.get("type", "default"))
-    if kind not in _SCALING_FIELDS:
+    if not isinstance(kind, str) or kind not in _SCALING_FIELDS:
         supported = ", ".join(_SCALING_FIELDS)
         raise ValueError(f"{where}: rope_type {kind!r} is not supported (only {supported})")
     values: dict[str, Any] = {name: table.get(name) for name in _SCALING_FIELDS[kind]}

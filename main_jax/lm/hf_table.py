@@ -54,6 +54,10 @@ class Weight(NamedTuple):
         layers = config.num_layers if self.path[0] == "layers" else 1
         return [self.name.replace("*", str(layer)) for layer in range(layers)]
 
+    def layers(self, leaf: np.ndarray) -> np.ndarray:
+        """Give views of a parameter, or of a part of it, one to each layer: `[L or 1, *self.ours]`."""
+        return leaf if self.path[0] == "layers" else leaf[None]
+
     def their_shape(self, config: DecoderConfig) -> tuple[int, ...]:
         """Give the shape of each of the row's tensors."""
         return tuple(math.prod(config.sizes[a] for a in axes) for axes in self.theirs.split(","))

@@ -15,8 +15,8 @@ from etils import epath
 
 from main_jax.lm.weights import CheckpointError, Path, local_folder, one_line, read_json
 
-# Spaces, line breaks, digits, accents, several scripts, symbols beyond the basic plane, code.
-PROBE = "Hello  world!\n\n\tIt's 1,234.5 € — naïve Übung, 中文字, שלום, 🙂👍🏽 def f(x): return x_1"
+# Spaces, line breaks, digits, accents (also decomposed), scripts, symbols beyond the basic plane, code.
+PROBE = "Hello  world!\n\n\tIt's 1,234.5 € — naïve cafe\u0301, 中文字, שלום, 🙂👍🏽 def f(x): return x_1"
 
 FAST, SENTENCEPIECE, SETTINGS = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
@@ -78,7 +78,8 @@ def _load_fast(folder: str) -> Any:
         lambda text: reference.encode(text, add_special_tokens=False).ids,
         [PROBE, own_words],
         f"{folder}: Transformers loads {FAST} as another tokenizer ({type(tokenizer).__name__}),"
-        f' whose ids differ; set tokenizer_class to "PreTrainedTokenizerFast" in {SETTINGS}',
+        f' whose ids differ; set tokenizer_class to "PreTrainedTokenizerFast" in {SETTINGS}, or, where'
+        f" that changes nothing, save what Transformers loads as the model's {FAST}",
     )
     return tokenizer
 

@@ -82,7 +82,7 @@ def read_json(file: epath.Path) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except FileNotFoundError:
         raise CheckpointError(f"{file}: not found; is this a Hugging Face model folder?") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{file}: cannot be read as JSON ({one_line(error)})") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: must hold one JSON object")

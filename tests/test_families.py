@@ -406,6 +406,10 @@ REFUSED = {
     "partial_rotary_factor": 0.5,
     "quantization_config": {"bits": 4},
     "auto_map": {"AutoModelForCausalLM": "own.Model"},
+    "is_causal": False,
+    "per_layer_config": {"1": {"head_dim": 4}},
+    "fusion_config": {"qkv": True},
+    "transformers_weights": "other.safetensors",
 }
 IGNORED = {
     "attention_dropout": 0.5,

@@ -22,7 +22,17 @@ FIGURES = {"precision", "heldout", "paraphrase", "seen"}
 SCORES = {"forward_ce", "reverse_ce", "mutual", "mutual_z", "mutual_sum", "dual_ce", "pmi",
           "ifd", "ifd_ratio", "reverse_ifd", "length"}  # fmt: skip
 KINDS = {"truncated", "no_fact", "pronoun", "boilerplate", "mixed"}
-STAGES = ["world", "prepare", "align", "augment", "score", "filter", "finetune", "evaluate"]
+STAGES = [
+    "world",
+    "prepare",
+    "align",
+    "augment",
+    "score",
+    "filter",
+    "finetune",
+    "evaluate",
+    "export",
+]
 
 
 # ------------------------------------------------------------------------------------------ the form

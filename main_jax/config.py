@@ -15,6 +15,7 @@ from typing import Any, Literal
 from main_jax.checks import parse_size
 from main_jax.filter import SCORES
 from main_jax.lm.generate import Sampling
+from main_jax.lm.sharding import MeshShape
 from main_jax.lm.train import TrainingSettings
 from main_jax.strict_yaml import nearest
 from main_jax.weighting import Weighting
@@ -183,6 +184,7 @@ class Config:
     finetune: Finetune = field(default_factory=Finetune)
     evaluate: Evaluate = field(default_factory=Evaluate)
     export: Export = field(default_factory=Export)
+    mesh: MeshShape = field(default_factory=MeshShape)
     runtime: Runtime = field(default_factory=Runtime)
     world: WorldSettings | None = None
 
@@ -243,7 +245,9 @@ def _check_positive(config: Any, path: str = "") -> None:
         value, key = getattr(config, f.name), f"{path}{f.name}"
         if isinstance(value, bool) or value is None or isinstance(config, Filter):
             continue  # what `filter.keep` may be depends on `filter.select`
-        if dataclasses.is_dataclass(value) and not isinstance(value, (Weighting, Sampling)):
+        if dataclasses.is_dataclass(value) and not isinstance(
+            value, (Weighting, Sampling, MeshShape)
+        ):
             _check_positive(value, f"{key}.")
         elif isinstance(value, (int, float)):
             share = f.name.endswith(("_share", "_ratio", "noise"))

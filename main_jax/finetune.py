@@ -39,7 +39,7 @@ def finetune(run: Run, out: epath.Path) -> dict[str, int]:
 
     def shape(units: list[Unit]) -> Shape:
         return UnitStream(
-            units, units_per_microbatch=settings.per_device_train_batch_size,
+            units, units_per_microbatch=settings.units_per_microbatch,
             microbatches=settings.gradient_accumulation_steps, steps=settings.steps(len(units)),
             seed=order_seed, limit=prompt.max_length, packing=settings.packing,
         ).shape  # fmt: skip

@@ -26,6 +26,7 @@ from main_jax.export import export
 from main_jax.filter import with_filter
 from main_jax.finetune import arms, finetune
 from main_jax.lm.progress import track
+from main_jax.lm.sharding import make_mesh, use_mesh
 from main_jax.models import LanguageModel
 from main_jax.prepare import prepare
 from main_jax.prompts import Direction
@@ -129,6 +130,10 @@ def open_run(config: Config) -> Run:
             check_file(run.input_path(name), key)
     _ = run.template
     check_output(run.path, "output_dir")
+    try:
+        make_mesh(config.mesh)
+    except ValueError as error:
+        raise UserError(f"mesh: {error}") from None
     if run.world:
         check_lengths(config, WORLD_POSITIONS)
     else:
@@ -160,7 +165,8 @@ def execute(run: Run, stage: str | None = None, show_example: bool = False) -> N
     text = yaml.safe_dump(run.config.as_dict(), sort_keys=False, allow_unicode=True)
     pairs.write_text(run.path / "config.yaml", text)
     for name in run.stages if stage is None else [stage]:
-        run.execute(name)
+        with use_mesh(run.config.mesh):
+            run.execute(name)
         manifest = {"versions": versions(), "stages": list(run.stages), "seconds": run.seconds()}
         pairs.write_json(run.path / "manifest.json", manifest)
         if show_example and name in ("prepare", stage):

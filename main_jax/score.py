@@ -19,6 +19,7 @@ import numpy as np
 from main_jax.errors import UserError
 from main_jax.lm.batches import Example, pack_table
 from main_jax.lm.loss import example_nll
+from main_jax.lm.sharding import place_rows, row_shards
 from main_jax.models import LanguageModel
 from main_jax.pairs import joined_instruction
 from main_jax.prompts import Direction, Prompt
@@ -27,8 +28,10 @@ from main_jax.prompts import Direction, Prompt
 def nll_sums(model: LanguageModel, examples: Sequence[Example], limit: int, budget: int) -> tuple:
     """([N] float64 sums in nats, [N] int counts) of N examples, in their order."""
     sums, counts = np.zeros(len(examples)), np.zeros(len(examples), int)
-    for indices, batch in pack_table(examples, budget, limit):
-        batch_sums, batch_counts = jax.device_get(example_nll(model.decoder, model.params, batch))
+    for indices, batch in pack_table(examples, budget, limit, row_shards()):
+        batch_sums, batch_counts = jax.device_get(
+            example_nll(model.decoder, model.params, place_rows(batch))
+        )
         sums[indices] = batch_sums[: len(indices)]
         counts[indices] = batch_counts[: len(indices)]
     return sums, counts

@@ -26,9 +26,15 @@ ALIASES = {
     "cutoff_len": "max_length",
     "sequence_len": "max_length",
     "max_seq_length": "max_length",
-    "micro_batch_size": "per_device_train_batch_size",
     "dataset": "seed_path",
 }
+
+PER_DEVICE = (
+    "say train_batch_size, the pairs of a step over all devices, and gradient_accumulation_steps: "
+    "results then do not depend on how many devices there are"
+)
+EXPLAINED = {"per_device_train_batch_size": PER_DEVICE, "micro_batch_size": PER_DEVICE}
+"""Keys that users bring and that mean something else here."""
 
 
 def load_config(cls: type[T], path: str | None, overrides: Sequence[str] = ()) -> T:
@@ -100,6 +106,8 @@ def _build(cls: Any, values: Any, path: str, base: Any = None) -> Any:
     for key, value in values.items():
         name = key if key in names else ALIASES.get(key, key)
         if name not in names:
+            if name in EXPLAINED:
+                raise ValueError(f"{path}{key}: {EXPLAINED[name]}")
             raise ValueError(f"unknown key {path}{key}{nearest(str(key), names, path)}")
         if name in arguments:
             raise ValueError(f"{path}{key} is given twice (also as {path}{name})")

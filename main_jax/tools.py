@@ -19,6 +19,7 @@ from main_jax.filter import score_columns
 from main_jax.hub import find_model
 from main_jax.lm.generate import Sampling
 from main_jax.lm.progress import say, track
+from main_jax.lm.sharding import MeshShape, use_mesh
 from main_jax.models import Checkpoint, open_checkpoint
 from main_jax.prompts import Direction, resolve_template
 from main_jax.score import score_rows
@@ -72,10 +73,12 @@ def score_file(
                     direction, pairs.joined_instruction(first), first["response"] or ""
                 )
             )
-    loaded = {path: (checkpoint.model(), templates[path]) for path, checkpoint in opened.items()}
-    forward, reverse = (loaded[path] for path in paths)
     scored: list[dict] = []
-    with track("score", len(rows), "pairs") as bar:
+    with use_mesh(MeshShape()), track("score", len(rows), "pairs") as bar:
+        loaded = {
+            path: (checkpoint.model(), templates[path]) for path, checkpoint in opened.items()
+        }
+        forward, reverse = (loaded[path] for path in paths)
         for chunk in pairs.chunks(rows, CHUNK_ROWS):
             scored += score_rows(chunk, forward, reverse, tokens_per_batch)
             bar.advance(len(chunk))
@@ -131,9 +134,9 @@ def generate_file(
     check_room(output, 4 * epath.Path(prompts).stat().length + 1_000_000, "the output")
     if output.endswith(".parquet"):
         user_table(output, [row["raw"] for row in rows])  # better now than after the work
-    loaded = checkpoint.model()
     columns: list[dict] = []
-    with track("generate", len(rows), "rows") as bar:
+    with use_mesh(MeshShape()), track("generate", len(rows), "rows") as bar:
+        loaded = checkpoint.model()
         for chunk in pairs.chunks(rows, CHUNK_ROWS):
             completions = complete(
                 chunk, direction, loaded, prompt, sampling,

@@ -46,6 +46,8 @@ def other_value(key: str) -> Any:
     """A legal value that is not the default."""
     if key in CHOSEN:
         return CHOSEN[key]
+    if key.endswith(".gradient_accumulation_steps"):
+        return 4  # a divisor of train_batch_size
     hint, default = KEYS[key]
     if get_origin(hint) in (Union, types.UnionType):
         hint = next(a for a in get_args(hint) if a is not type(None))
@@ -173,16 +175,17 @@ def test_null_where_it_is_allowed(tmp_path):
     assert "align.rounds: expected a whole number" in refusal(tmp_path, "align: {rounds: null}")
 
 
+def test_keys_that_mean_something_else_elsewhere(tmp_path):
+    for key in ("per_device_train_batch_size", "micro_batch_size"):
+        line = refusal(tmp_path, f"finetune: {{{key}: 4}}")
+        assert f"finetune.{key}" in line and "train_batch_size" in line.split(":", 2)[2]
+
+
 def test_aliases(tmp_path):
-    config = load(
-        tmp_path,
-        "base_model: m\ndata: {dataset: s}\nprompt: {cutoff_len: 77}\n"
-        "finetune: {micro_batch_size: 5}\n",
-    )
+    config = load(tmp_path, "base_model: m\ndata: {dataset: s}\nprompt: {cutoff_len: 77}\n")
     assert config.model_name_or_path == "m"
     assert config.data.seed_path == "s"
     assert config.prompt.max_length == 77
-    assert config.finetune.per_device_train_batch_size == 5
     for alias in ("sequence_len", "max_seq_length"):
         assert load_config(Config, None, [f"--prompt.{alias}", "9"]).prompt.max_length == 9
     names = {key.rsplit(".")[-1] for key in KEYS}

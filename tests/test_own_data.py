@@ -75,7 +75,7 @@ def own(tmp_path_factory):
     pq.write_table(pa.Table.from_pylist(response_rows()), folder / "responses.parquet")
     training = {
         "max_steps": 3,
-        "per_device_train_batch_size": 4,
+        "train_batch_size": 4,
         "save_steps": 2,
         "learning_rate": 1e-3,
     }
@@ -420,7 +420,7 @@ def test_stage_by_stage_with_everything_set_otherwise(own, tmp_path, capsys):
     ]
     pq.write_table(pa.Table.from_pylist(messages), seed)
     training = {"loss_normalization": "token", "gradient_accumulation_steps": 2, "packing": True,
-                "per_device_train_batch_size": 2, "max_steps": 2}  # fmt: skip
+                "train_batch_size": 2, "max_steps": 2}  # fmt: skip
     config = config_file(
         tmp_path / "config.yaml",
         values,

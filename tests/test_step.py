@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_decoder import DECODER, FAST, drawn_params, example, fresh, slow_nll
+from tiny_decoder import CONFIG, DECODER, FAST, drawn_params, example, fresh, slow_nll
 
 from main_jax.lm.batches import Example, Shape, Unit, UnitStream, collate
 from main_jax.lm.loss import example_nll, per_example_nll, token_nll
@@ -55,23 +55,25 @@ def nll_and_gradients(hidden, unembed, targets, factors, chunk_logits):
     return nll, gradients
 
 
-@pytest.mark.parametrize("chunk_logits", [1, 61 * 5, 61 * 7 + 60, 61 * 16, 61 * 17])
+@pytest.mark.parametrize("chunk_logits", [1, 61 * 15, 61 * 21 + 60, 61 * 48, 61 * 51])
 def test_chunked_token_nll_equals_log_softmax(chunk_logits):
-    """17 tokens in chunks of 1, 5, 7, 16 and 17."""
-    n, d, v = 17, 11, 61
+    """3 rows of 17 tokens in chunks of 1, 5, 7, 16 and 17 of every row."""
+    rows, n, d, v = 3, 17, 11, 61
     rng = np.random.default_rng(0)
-    hidden = rng.normal(size=(n, d)).astype(np.float32)
+    hidden = rng.normal(size=(rows, n, d)).astype(np.float32)
     unembed = rng.normal(size=(d, v)).astype(np.float32)
-    targets = rng.integers(0, v, n).astype(np.int32)
-    factors = rng.normal(size=n).astype(np.float32)
+    targets = rng.integers(0, v, (rows, n)).astype(np.int32)
+    factors = rng.normal(size=(rows, n)).astype(np.float32)
     nll, gradients = nll_and_gradients(hidden, unembed, targets, factors, chunk_logits)
 
     h, w = hidden.astype(np.float64), unembed.astype(np.float64)
     logits = h @ w
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    np.testing.assert_allclose(nll, -log_probs[np.arange(n), targets], rtol=1e-5, atol=1e-5)
-    by_logits = (np.exp(log_probs) - np.eye(v)[targets]) * factors[:, None]
-    assert_trees_close(gradients, (by_logits @ w.T, h.T @ by_logits))
+    expected = -np.take_along_axis(log_probs, targets[..., None], -1)[..., 0]
+    np.testing.assert_allclose(nll, expected, rtol=1e-5, atol=1e-5)
+    by_logits = (np.exp(log_probs) - np.eye(v)[targets]) * factors[..., None]
+    by_unembed = np.einsum("btd,btv->dv", h, by_logits)
+    assert_trees_close(gradients, (by_logits @ w.T, by_unembed))
 
 
 def drawn_examples(n, seed=0, longest=30):
@@ -519,7 +521,7 @@ def test_the_training_step_is_numpy_adamw_on_the_accumulated_gradient():
     # An epsilon of the size of gradients, so that rounding in them does not decide a sign.
     optimizer = Optimizer(beta1=0.8, beta2=0.9, epsilon=1e-2, weight_decay=0.3, max_grad_norm=0.5)
     _, stream = mixed(TWO)
-    state = init_state(fresh(drawn_params()), optimizer, weighting)
+    state = init_state(fresh(drawn_params()), CONFIG, optimizer, weighting)
     reference, before = NumpyAdamW(optimizer, MATRICES), train_step._cache_size()
     for step, learning_rate in enumerate((0.05, 0.0, 0.02)):
         params, own = state.params, state.weighting
@@ -572,7 +574,7 @@ def test_schedules_without_warm_up_and_to_zero():
 
 def test_steps_come_from_epochs_unless_given():
     settings = TrainingSettings(
-        per_device_train_batch_size=4, gradient_accumulation_steps=3, num_train_epochs=2.5
+        train_batch_size=12, gradient_accumulation_steps=3, num_train_epochs=2.5
     )
     assert settings.steps(100) == math.ceil(2.5 * 100 / 12) == 21
     assert settings.steps(1) == 1

@@ -24,7 +24,7 @@ SETTINGS = TrainingSettings(
     learning_rate=0.01,
     warmup_ratio=0.3,
     max_steps=STEPS,
-    per_device_train_batch_size=2,
+    train_batch_size=2,
     save_steps=SAVE,
     logging_steps=2,
     eval_steps=3,
@@ -101,7 +101,7 @@ def latest(directory):
 
 
 def test_the_runs_below_cross_epochs_and_do_not_end_on_a_save():
-    size = SETTINGS.per_device_train_batch_size
+    size = SETTINGS.train_batch_size
     assert STEPS % SAVE and STEPS * size > 2 * len(UNITS) and (SAVE * size) % len(UNITS)
 
 

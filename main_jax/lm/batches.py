@@ -10,7 +10,7 @@ Letters: R rows, T tokens per row, E examples per microbatch, K microbatches per
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -121,18 +121,20 @@ def collate(
 
 
 def pack_table(
-    examples: Sequence[Example], budget: int, limit: int
+    examples: Sequence[Example], budget: int, limit: int, rows_multiple: int = 1
 ) -> Iterator[tuple[list[int], Batch]]:
     """Packs any number of examples into batches of one shape of about `budget` tokens.
 
     Yields (indices, batch): example j of the batch is `examples[indices[j]]`. The row length is the
-    bucket of the longest example, at most `limit`; the shape follows from it and the budget alone.
+    bucket of the longest example, at most `limit`; the shape follows from it and the budget alone, its
+    rows a multiple of `rows_multiple`.
     """
     if not examples:
         return
     lengths = [len(e.tokens) for e in examples]
     length = length_bucket(max(lengths), limit)
     rows_per_batch, most = max(1, budget // length), max(1, length // 4)
+    rows_per_batch += -rows_per_batch % rows_multiple
     shape = Shape(rows_per_batch, length, rows_per_batch * most)
     rows = first_fit(lengths, length, max_items=most)
     for i in range(0, len(rows), shape.rows):
@@ -161,6 +163,7 @@ class UnitStream:
         limit: longest row allowed, in tokens.
         shape: of a microbatch, where several streams are to share one compiled step; default: as long as
             the longest example needs, and as many rows as any of the `steps` steps needs.
+        rows_multiple: what the number of rows is a multiple of, to be cut up evenly.
     """
 
     def __init__(
@@ -174,13 +177,15 @@ class UnitStream:
         limit: int,
         packing: bool = True,
         shape: Shape | None = None,
+        rows_multiple: int = 1,
     ):
         if not units:
             raise ValueError("there is nothing to train on")
         self.units, self.seed, self.packing = units, seed, packing
         self.per_micro, self.micro = units_per_microbatch, microbatches
         self._orders: dict[int, np.ndarray] = {}
-        self.shape = shape or self._own_shape(steps, limit)
+        shape = shape or self._own_shape(steps, limit)
+        self.shape = replace(shape, rows=shape.rows + -shape.rows % rows_multiple)
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:

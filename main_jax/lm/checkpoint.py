@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from main_jax.lm.model import Decoder
+from main_jax.lm.sharding import shardings_like_params
 from main_jax.lm.step import TrainState
 from main_jax.lm.weights import CheckpointError, one_line
 
@@ -82,30 +83,28 @@ class Checkpoints:
                 self._manager.delete(other)
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state of `step`; `like` gives shapes and dtypes."""
-        abstract = _on_this_device(like)
+        """The state of `step`; `like` gives shapes, dtypes and places."""
         parts: Any = self._manager.restore(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract.params),
-                opt_state=ocp.args.StandardRestore(abstract.opt_state),
-                weighting=ocp.args.StandardRestore(abstract.weighting),
+                params=ocp.args.StandardRestore(like.params),
+                opt_state=ocp.args.StandardRestore(like.opt_state),
+                weighting=ocp.args.StandardRestore(like.weighting),
             ),
         )
         return TrainState(parts.params, parts.opt_state, parts.weighting)
 
     def restore_params(self, step: int, decoder: Decoder) -> Any:
         """The parameters of `step` alone."""
-        abstract = _on_this_device(jax.eval_shape(decoder.init, jax.random.key(0)))
+        shapes = jax.eval_shape(decoder.init, jax.random.key(0))
+        abstract = jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            shapes,
+            shardings_like_params(shapes, decoder.config),
+        )
         args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
         parts: Any = self._manager.restore(step, args=args)
         return parts.params
-
-
-def _on_this_device(tree: Any) -> Any:
-    """Shapes and dtypes of `tree`, to be placed on the first device wherever they were saved."""
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)
 
 
 def load_params(directory: epath.PathLike, decoder: Decoder) -> Any:

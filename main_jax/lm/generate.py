@@ -22,6 +22,7 @@ import numpy as np
 
 from main_jax.lm.batches import length_bucket
 from main_jax.lm.model import Decoder
+from main_jax.lm.sharding import constrain, place_rows, row_shards
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def generate_batch(
             jnp.zeros(rows, jnp.int32), lengths == 0,
         )  # fmt: skip
         _, _, _, out, count, stopped = jax.lax.while_loop(unfinished, decode, carry)
-    return out, count, stopped
+    return constrain(out, "ET"), constrain(count, "E"), constrain(stopped, "E")
 
 
 def generate(
@@ -168,6 +169,7 @@ def generate(
             raise ValueError(f"prompt {row_ids[i]}: {len(prompt)} tokens, expected 1 to {limit}")
         buckets.setdefault(length_bucket(len(prompt), limit), []).append(i)
     results: list[Generation | None] = [None] * len(prompts)
+    batch_size += -batch_size % row_shards()
     for width, members in sorted(buckets.items()):
         for start in range(0, len(members), batch_size):
             chosen = members[start : start + batch_size]
@@ -181,9 +183,7 @@ def generate(
             out, count, stopped = jax.device_get(
                 generate_batch(
                     params,
-                    tokens,
-                    lengths,
-                    keys,
+                    *place_rows((tokens, lengths, keys)),
                     decoder=decoder,
                     sampling=sampling,
                     stop_ids=tuple(stop_ids),

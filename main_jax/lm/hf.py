@@ -20,12 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.sharding import SingleDeviceSharding
 
 from main_jax.lm.arch import DecoderConfig
 from main_jax.lm.hf_config import from_hf, to_hf
 from main_jax.lm.hf_table import Weight, weights
 from main_jax.lm.progress import track
+from main_jax.lm.sharding import param_shardings
 from main_jax.lm.weights import (
     CheckpointError,
     Path,
@@ -85,14 +85,15 @@ def load_checkpoint(
 ) -> tuple[DecoderConfig, dict[str, Any]]:
     """Read a model folder into (config, params), the parameters in `dtype`, or (None) as stored.
 
-    `shardings` is a tree like params, or one for all; by default they are put on the first device.
+    `shardings` is a tree like params, or one for all; by default they get their places on the mesh,
+    or without one are put on the first device.
     Of every tensor only what this process's devices hold is read and cast. Beyond the arrays the
     host holds one device's part of one stacked parameter, made by `buffer(shape, dtype)`, and one
     tensor of the file. Raises `CheckpointError`.
     """
     folder = local_folder(path)
     config = load_config(folder)
-    shardings = shardings or SingleDeviceSharding(jax.devices()[0])
+    shardings = shardings or param_shardings(config)
     params: dict[str, Any] = {}
     with ExitStack() as stack:
         tensors = open_tensors(folder, stack)

@@ -36,6 +36,7 @@ import numpy as np
 
 from main_jax.lm.arch import DecoderConfig
 from main_jax.lm.attention import attention
+from main_jax.lm.sharding import constrain
 
 # What the backward pass keeps of a layer instead of computing it again; "none": everything.
 REMAT_POLICIES: dict[str, Any] = {
@@ -113,7 +114,7 @@ class Decoder:
         """Make an empty cache of `length` slots for `batch_size` rows."""
         c = self.config
         shape = (c.num_layers, batch_size, length, c.num_kv_heads, c.head_dim)
-        keys, values = jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype)
+        keys, values = (constrain(jnp.zeros(shape, self.dtype), "LBSKH") for _ in range(2))
         positions, segment_ids = jnp.zeros((2, batch_size, length), jnp.int32)
         return Cache(keys, values, positions, segment_ids, index=jnp.zeros((), jnp.int32))
 
@@ -164,7 +165,7 @@ class Einsum(nn.Module):
         y = y.reshape(*x.shape[:2], *out_shape)
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, out_shape).astype(dtype)
-        return y
+        return constrain(y, self.equation.split("->")[1])
 
 
 class RMSNorm(nn.Module):
@@ -279,7 +280,9 @@ class _Transformer(nn.Module):
             self.param("head", lambda key: {"kernel": jnp.full(shape[::-1], std)})
 
         with jax.named_scope("embed"):
-            x = jnp.take(embed["embedding"], tokens, axis=0).astype(self.decoder.dtype)
+            # Gathered over fsdp first: a lookup whose features are cut up is moved to rows at a high price.
+            table = constrain(embed["embedding"], "VD")
+            x = constrain(jnp.take(table, tokens, axis=0).astype(self.decoder.dtype), "BTD")
         with jax.named_scope("rope_angles"):
             angles = positions[:, :, None, None].astype(jnp.float32) * c.rope_frequencies()
             cos, sin = jnp.cos(angles), jnp.sin(angles)

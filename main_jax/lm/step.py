@@ -17,9 +17,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from main_jax.lm.arch import DecoderConfig
 from main_jax.lm.batches import Batch
 from main_jax.lm.loss import per_example_nll
 from main_jax.lm.model import Decoder
+from main_jax.lm.sharding import constrain_like_params, shardings_like_params
 
 
 class ExampleWeights(Protocol):
@@ -75,11 +77,31 @@ def is_matrix(params):
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in matrices, params)
 
 
-def init_state(params, optimizer: Optimizer, weighting: ExampleWeights) -> TrainState:
-    """A fresh state around `params`, which the first step will donate."""
-    state = TrainState(params, jax.jit(optimizer.transform().init)(params), weighting.init())
-    # Committed to its device like a restored one, so that both run the same compiled step.
-    return jax.device_put(state, jax.devices()[0])
+def init_state(
+    params, config: DecoderConfig, optimizer: Optimizer, weighting: ExampleWeights
+) -> TrainState:
+    """A fresh state around `params`, which the first step will donate; in its place on the mesh."""
+    make = optimizer.transform().init
+    places = shardings_like_params(jax.eval_shape(make, params), config)
+    # Committed to their places like restored ones, so that both run the same compiled step.
+    weights = weighting.init()
+    state = TrainState(params, jax.jit(make, out_shardings=places)(params), weights)
+    return jax.device_put(state, shardings_like_params(state, config))
+
+
+def abstract_state(decoder: Decoder, optimizer: Optimizer, weighting: ExampleWeights) -> TrainState:
+    """Shapes, dtypes and places of a state, without any array."""
+
+    def make() -> TrainState:
+        params = decoder.init(jax.random.key(0))
+        return TrainState(params, optimizer.transform().init(params), weighting.init())
+
+    state = jax.eval_shape(make)
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        state,
+        shardings_like_params(state, decoder.config),
+    )
 
 
 def accumulate(
@@ -108,7 +130,7 @@ def accumulate(
 
     def microbatch(batch):
         (numerator, aux), grads = jax.value_and_grad(weighted_sum, has_aux=True)(params, batch)
-        return numerator, grads, *aux
+        return numerator, constrain_like_params(grads, decoder.config), *aux
 
     first = microbatch(jax.tree.map(lambda x: x[0], batches))
     total, _ = (
@@ -152,4 +174,5 @@ def train_step(
         "grad_norm": optax.global_norm(grads),
         "target_tokens": target_tokens,
     }
-    return TrainState(params, opt_state, weighting_state), metrics
+    state = TrainState(params, opt_state, weighting_state)
+    return constrain_like_params(state, decoder.config), metrics

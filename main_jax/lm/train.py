@@ -24,7 +24,8 @@ from main_jax.lm.checkpoint import Checkpoints
 from main_jax.lm.loss import example_nll
 from main_jax.lm.model import Decoder
 from main_jax.lm.progress import track
-from main_jax.lm.step import ExampleWeights, Optimizer, init_state, train_step
+from main_jax.lm.sharding import place_rows, row_shards
+from main_jax.lm.step import ExampleWeights, Optimizer, abstract_state, init_state, train_step
 
 
 class TrainingDiverged(RuntimeError):
@@ -36,7 +37,9 @@ class TrainingSettings:
     """Hyperparameters of one training, under the names that the field uses.
 
     max_steps: optimiser steps; null: from num_train_epochs.
-    per_device_train_batch_size: units (pairs with their twins) per microbatch.
+    train_batch_size: units (pairs with their twins) per optimiser step, over all devices: results do not
+        depend on how many there are.
+    gradient_accumulation_steps: microbatches that a step is computed in.
     min_learning_rate_ratio: where the linear or cosine schedule ends, as a share of learning_rate.
     loss_normalization: `example` divides by Σ w_i, `token` by Σ w_i·(target tokens).
     save_steps, logging_steps, eval_steps: in optimiser steps; eval_steps null: only at the end.
@@ -48,7 +51,7 @@ class TrainingSettings:
     warmup_ratio: float = 0.03
     max_steps: int | None = None
     num_train_epochs: float = 1.0
-    per_device_train_batch_size: int = 32
+    train_batch_size: int = 32
     gradient_accumulation_steps: int = 1
     weight_decay: float = 0.1
     adam_beta1: float = 0.9
@@ -65,8 +68,19 @@ class TrainingSettings:
         """Optimiser steps for a data set of `num_units`."""
         if self.max_steps is not None:
             return self.max_steps
-        per_step = self.per_device_train_batch_size * self.gradient_accumulation_steps
-        return max(1, math.ceil(self.num_train_epochs * num_units / per_step))
+        return max(1, math.ceil(self.num_train_epochs * num_units / self.train_batch_size))
+
+    @property
+    def units_per_microbatch(self) -> int:
+        """Units that go through the model at once."""
+        return self.train_batch_size // self.gradient_accumulation_steps
+
+    def __post_init__(self):
+        if self.train_batch_size % max(1, self.gradient_accumulation_steps):
+            raise ValueError(
+                f"train_batch_size {self.train_batch_size} must be a multiple of "
+                f"gradient_accumulation_steps {self.gradient_accumulation_steps}"
+            )
 
     def optimizer(self) -> Optimizer:
         """The part that is compiled into the step."""
@@ -138,28 +152,26 @@ def fit(
             return
         stream = UnitStream(
             units,
-            units_per_microbatch=settings.per_device_train_batch_size,
+            units_per_microbatch=settings.units_per_microbatch,
             microbatches=settings.gradient_accumulation_steps,
             steps=steps,
             seed=seed,
             limit=limit,
             packing=settings.packing,
             shape=shape,
+            rows_multiple=row_shards(),
         )
         optimizer = settings.optimizer()
         rates = settings.schedule(steps)(jnp.arange(steps))
         rates = np.broadcast_to(np.asarray(rates, np.float32), steps)
         if start:
-            like = jax.eval_shape(
-                lambda: init_state(decoder.init(jax.random.key(0)), optimizer, weighting)
-            )
-            state = checkpoints.restore(start, like)
+            state = checkpoints.restore(start, abstract_state(decoder, optimizer, weighting))
         else:
-            state = init_state(load_params(), optimizer, weighting)
+            state = init_state(load_params(), decoder.config, optimizer, weighting)
         log = MetricsLog(directory / "metrics.jsonl", keep_steps=start)
         with track(label, steps, "steps", start) as bar:
             for step in range(start, steps):
-                batch = jax.device_put(stream.batch(step))
+                batch = place_rows(stream.batch(step), rows_axis=1)
                 share = progress(step) if progress else step / steps
                 state, metrics = train_step(
                     state, batch, rates[step], np.float32(share),
@@ -188,8 +200,8 @@ def mean_nll(
 ) -> float:
     """Mean NLL in nats per target token over all examples (Σ nll / Σ tokens)."""
     total = count = 0.0
-    for _, batch in pack_table(examples, budget, limit):
-        sums, counts = example_nll(decoder, params, batch)
+    for _, batch in pack_table(examples, budget, limit, row_shards()):
+        sums, counts = example_nll(decoder, params, place_rows(batch))
         total += float(np.sum(np.asarray(sums), dtype=np.float64))
         count += float(np.sum(np.asarray(counts), dtype=np.float64))
     return total / count if count else float("nan")

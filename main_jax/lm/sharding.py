@@ -1,0 +1,231 @@
+"""Where arrays live: the mesh, the one table of rules, and the placement of parameters and batches.
+
+    with use_mesh(MeshShape(fsdp=4, tensor=2)):
+        params = hf.load_checkpoint(path)[1]                # each device gets its part
+        batch = place_rows(batch)                           # rows over data and fsdp
+
+A mesh has the axes `data` (copies of the model, each with rows of its own), `fsdp` (rows too, and every
+parameter cut up: gathered where it is used) and `tensor` (heads, the MLP's features and the vocabulary cut
+up). Without a mesh, or with one device, all of this is the identity.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from main_jax.lm.arch import DecoderConfig
+from main_jax.lm.hf_table import weights
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")
+
+# An array's axes by letter (see `lm/model.py`) -> the mesh axes that cut it up: in parameters, and in what
+# is computed from rows, where fsdp has the rows.
+RULES: dict[str, tuple[Any, Any]] = {
+    #     parameters, activations
+    "B": (None, ROWS),  # rows of a batch
+    "T": (None, None),  # tokens of a row
+    "S": (None, None),  # slots of the cache
+    "L": (None, None),  # layers
+    "D": ("fsdp", None),  # hidden features
+    "F": ("tensor", "tensor"),  # features of the MLP
+    "V": ("tensor", "tensor"),  # vocabulary
+    "N": ("tensor", "tensor"),  # query heads
+    "K": ("tensor", "tensor"),  # key-value heads
+    "H": (None, None),  # features of a head
+    "E": (None, None),  # examples of a batch: their sums are wanted everywhere
+}
+
+
+@dataclass(frozen=True)
+class MeshShape:
+    """Devices along each axis; one axis may be -1: whatever is left.
+
+    slices: TPU slices, which `data` spans; the other axes stay within one.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    slices: int = 1
+
+    def __post_init__(self):
+        sizes = astuple(self)
+        if any(n < 1 and n != -1 for n in sizes[:3]) or self.slices < 1 or sizes.count(-1) > 1:
+            raise ValueError("expected positive numbers of devices, at most one of them -1")
+
+    def resolve(self, devices: int) -> tuple[int, int, int]:
+        """The sizes for so many devices. Raises ValueError where they do not fit."""
+        *sizes, slices = astuple(self)
+        known = math.prod(n for n in sizes if n != -1)
+        sizes = [devices // known if n == -1 else n for n in sizes]
+        shape = ", ".join(f"{axis} {n}" for axis, n in zip(AXES, astuple(self), strict=False))
+        if math.prod(sizes) != devices:
+            raise ValueError(f"{shape} does not fit {devices} devices")
+        if sizes[0] % slices:
+            raise ValueError(f"data {sizes[0]} must be a multiple of slices {slices}")
+        return sizes[0], sizes[1], sizes[2]
+
+
+def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over `devices`, by default all; of a fully given shape over the first that it needs.
+
+    Raises ValueError where the shape does not fit them.
+    """
+    from jax.experimental import mesh_utils
+
+    devices = list(jax.devices() if devices is None else devices)
+    wanted = math.prod(astuple(shape)[:3])
+    if 0 < wanted < len(devices) and jax.process_count() == 1:
+        devices = devices[:wanted]
+    sizes = shape.resolve(len(devices))
+    if shape.slices > 1:
+        inner = (sizes[0] // shape.slices, *sizes[1:])
+        outer = (shape.slices, 1, 1)
+        grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
+    else:
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+@contextmanager
+def use_mesh(shape: MeshShape) -> Generator[None]:
+    """What runs inside is sharded over a mesh of this shape. Raises ValueError where it does not fit."""
+    mesh = make_mesh(shape)
+    if mesh.size == 1:
+        yield
+    else:
+        with jax.set_mesh(mesh):
+            yield
+
+
+# ------------------------------------------------------------------------------------------- specs
+
+
+def current_mesh() -> Any:
+    """The mesh that `jax.set_mesh` has set, also while tracing; None for none or a single device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def row_shards() -> int:
+    """Into how many parts the rows of a batch are cut; batches have a multiple of it."""
+    mesh = current_mesh()
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def spec(axes: str, shape: Sequence[int], mesh: Any, parameter: bool = False) -> PartitionSpec:
+    """How an array with these axes is cut up; one that the mesh does not divide stays whole there.
+
+    Raises KeyError for an axis without a rule.
+    """
+    entries: list[Any] = []
+    for axis, size in zip(axes, shape, strict=True):
+        names = RULES[axis][0 if parameter else 1]
+        parts = math.prod(
+            mesh.shape[n] for n in ([names] if isinstance(names, str) else names or [])
+        )
+        entries.append(names if parts > 1 and size % parts == 0 else None)
+    while entries and entries[-1] is None:  # as XLA writes it: equal places must also look equal
+        entries.pop()
+    return PartitionSpec(*entries)
+
+
+def constrain(x: jax.Array, axes: str) -> jax.Array:
+    """Pin an activation to its place, inside a jitted function: `constrain(x, "BTD")`.
+
+    Raises KeyError for an axis without a rule, on any number of devices.
+    """
+    mesh = current_mesh()
+    for axis in axes:
+        _ = RULES[axis]
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
+
+
+def param_specs(config: DecoderConfig, mesh: Any) -> dict[tuple[str, ...], PartitionSpec]:
+    """How every parameter is cut up, by its path."""
+    found = {}
+    for row in weights(config):
+        shape = row.our_shape(config)
+        axes = "L" * (len(shape) - len(row.ours)) + row.ours
+        found[row.path] = spec(axes, shape, mesh, parameter=True)
+    return found
+
+
+def _specs_like(tree: Any, config: DecoderConfig, mesh: Any) -> Any:
+    """A spec for each leaf: that of the parameter whose path its own ends with; else whole.
+
+    So it serves parameters, gradients and an optimiser's moments alike.
+    """
+    specs = param_specs(config, mesh)
+
+    def of(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
+        names = tuple(str(getattr(key, "key", "")) for key in path)
+        ends = (names[start:] for start in range(len(names)))
+        return next((specs[end] for end in ends if end in specs), PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def constrain_like_params(tree: Any, config: DecoderConfig) -> Any:
+    """Pin parameters, gradients or an optimiser's state to their places, inside a jitted function."""
+    mesh = current_mesh()
+    if mesh is None:
+        return tree
+    specs = _specs_like(tree, config, mesh)
+    return jax.tree.map(jax.lax.with_sharding_constraint, tree, specs)
+
+
+def shardings_like_params(tree: Any, config: DecoderConfig) -> Any:
+    """A sharding for each leaf, for arrays that are made outside of jitted functions."""
+    mesh = current_mesh()
+    if mesh is None:
+        here = SingleDeviceSharding(jax.devices()[0])
+        return jax.tree.map(lambda _: here, tree)
+    concrete = jax.sharding.get_mesh()
+    specs = _specs_like(tree, config, mesh)
+    return jax.tree.map(lambda _, s: NamedSharding(concrete, s), tree, specs)
+
+
+# ------------------------------------------------------------------------------------------- placement
+
+
+def place_rows(tree: Any, rows_axis: int = 0) -> Any:
+    """Put host arrays on the devices: those of two or more axes with their rows cut up, others whole.
+
+    `rows_axis` is 1 where microbatches are stacked. Every process gives the whole arrays and keeps its
+    part; nothing is sent between them.
+    """
+    if current_mesh() is None:
+        return jax.device_put(tree)
+    mesh = jax.sharding.get_mesh()
+
+    def place(x: Any) -> jax.Array:
+        x = np.asarray(x)
+        axes = [ROWS if i == rows_axis and x.ndim > rows_axis + 1 else None for i in range(x.ndim)]
+        return jax.make_array_from_callback(
+            x.shape, NamedSharding(mesh, PartitionSpec(*axes)), lambda index: x[index]
+        )
+
+    return jax.tree.map(place, tree)
+
+
+def param_shardings(config: DecoderConfig) -> Mapping[str, Any]:
+    """The sharding of every parameter, as a tree like params."""
+    tree: dict[str, Any] = {}
+    for row in weights(config):
+        node = tree
+        for key in row.path[:-1]:
+            node = node.setdefault(key, {})
+        node[row.path[-1]] = 0
+    return shardings_like_params(tree, config)

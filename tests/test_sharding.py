@@ -1,0 +1,154 @@
+"""One program under any mesh: the rules, and on 8 virtual devices the results of one.
+
+What needs several devices runs in a process of its own (`mesh_worker.py`): their number is set before JAX
+starts.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
+from tiny_decoder import CONFIG, DECODER
+
+from main_jax.lm.sharding import (
+    AXES,
+    RULES,
+    MeshShape,
+    constrain,
+    make_mesh,
+    param_specs,
+    row_shards,
+    spec,
+)
+
+P = PartitionSpec
+WORKER = Path(__file__).with_name("mesh_worker.py")
+MESHES = ("8,1,1", "1,8,1", "1,4,2", "2,2,2")
+
+
+def abstract(*sizes: int) -> AbstractMesh:
+    return AbstractMesh(sizes, AXES)
+
+
+# ---------------------------------------------------------------------------------------- the shape
+
+
+@pytest.mark.parametrize(
+    ("shape", "devices", "expected"),
+    [
+        (MeshShape(), 8, (1, 8, 1)),
+        (MeshShape(2, -1, 2), 8, (2, 2, 2)),
+        (MeshShape(-1, 2, 1), 6, (3, 2, 1)),
+        (MeshShape(1, 1, -1), 4, (1, 1, 4)),
+        (MeshShape(4, 2, 1, slices=2), 8, (4, 2, 1)),
+    ],
+)
+def test_shapes(shape, devices, expected):
+    assert shape.resolve(devices) == expected
+
+
+@pytest.mark.parametrize(
+    ("sizes", "devices", "part"),
+    [
+        ((3, -1, 1), 8, "data 3, fsdp -1, tensor 1 does not fit 8 devices"),
+        ((2, 2, 1), 8, "does not fit 8"),
+        ((1, -1, 1, 2), 8, "multiple of slices 2"),
+    ],
+)
+def test_shapes_that_do_not_fit(sizes, devices, part):
+    with pytest.raises(ValueError, match=part):
+        MeshShape(*sizes).resolve(devices)
+
+
+@pytest.mark.parametrize("sizes", [(0, -1, 1), (-1, -1, 1), (1, -2, 1), (1, 1, 1, 0)])
+def test_shapes_that_cannot_be(sizes):
+    with pytest.raises(ValueError, match="at most one of them -1"):
+        MeshShape(*sizes)
+
+
+def test_one_device_is_no_mesh():
+    assert make_mesh(MeshShape()).size == 1
+    assert row_shards() == 1
+    x = jnp.ones((2, 3, 4))
+    assert constrain(x, "BTD") is x
+
+
+# ---------------------------------------------------------------------------------------- the rules
+
+
+def test_an_axis_without_a_rule_is_refused_on_any_number_of_devices():
+    with pytest.raises(KeyError, match="X"):
+        constrain(jnp.ones((2, 3)), "BX")
+    with pytest.raises(KeyError, match="X"):
+        spec("BX", (2, 3), abstract(2, 1, 1))
+
+
+def test_every_axis_of_the_model_has_a_rule():
+    assert set(CONFIG.sizes) <= set(RULES)
+
+
+def test_specs_by_hand():
+    mesh = abstract(2, 4, 2)
+    assert spec("BTD", (16, 32, 48), mesh) == P(("data", "fsdp"))
+    assert spec("BTNH", (16, 32, 4, 10), mesh) == P(("data", "fsdp"), None, "tensor")
+    assert spec("LDNH", (3, 48, 4, 10), mesh, parameter=True) == P(None, "fsdp", "tensor")
+    assert spec("LNHD", (3, 4, 10, 48), mesh, parameter=True) == P(None, "tensor", None, "fsdp")
+    assert spec("VD", (312, 48), mesh, parameter=True) == P("tensor", "fsdp")
+    # What the mesh does not divide stays whole: an odd vocabulary, a single key-value head.
+    assert spec("VD", (307, 48), mesh, parameter=True) == P(None, "fsdp")
+    assert spec("BTKH", (16, 32, 1, 10), mesh) == P(("data", "fsdp"))
+
+
+def test_every_parameter_has_a_spec():
+    params = jax.eval_shape(DECODER.init, jax.random.key(0))
+    specs = param_specs(CONFIG, abstract(1, 2, 2))
+    paths = jax.tree_util.tree_flatten_with_path(params)[0]
+    assert {tuple(key.key for key in path) for path, _ in paths} == set(specs)
+    cut = [path for path, s in specs.items() if s != P()]
+    assert len(cut) == len(
+        specs
+    )  # every one has an axis that is cut up: nothing is held twice by fsdp
+
+
+# ---------------------------------------------------------------------------------------- 8 devices
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What every mesh computes from one checkpoint, beside one device."""
+    folder = tmp_path_factory.mktemp("mesh")
+    process = subprocess.run(
+        [sys.executable, WORKER, folder, *MESHES], capture_output=True, text=True, timeout=300
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    assert "Involuntary full rematerialization" not in process.stderr
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_mesh_gives_what_one_device_gives(mesh, results):
+    found = results[mesh]
+    assert found["nll"] < 1e-5  # nats per token
+    assert found["loss"] < 1e-5
+    assert found["gradients"] < 1e-5  # of each tensor's norm
+    assert found["tokens_compared"] > 200
+    assert found["tokens_equal"]
+    assert found["resumed_losses"] < 1e-5
+    assert found["compiles"] == 1  # three steps, one program
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_outputs_lie_where_the_rules_say(mesh, results):
+    found = results[mesh]
+    assert found["misplaced"] == []
+    assert found["leaves"] > 30  # parameters and both moments
+    data, fsdp, tensor = map(int, mesh.split(","))
+    # LDF of (2, 48, 88), and what one device holds of it.
+    assert found["up_shard"] == [2, 48 // fsdp, 88 // tensor]
+    assert found["tokens_shard"][1] * data * fsdp == found["tokens_shape"][1]
+    assert found["cache_shard"] == [2, 16 // (data * fsdp), 40, 4 // tensor, 10]

@@ -142,12 +142,13 @@ class Runtime:
     """How it is computed; none of this is meant to change results beyond rounding.
 
     compute_dtype: `auto` is bfloat16 on accelerators, float32 on CPU.
+    attention: `auto` is splash on TPUs, cuDNN on GPUs where it applies, else xla.
     remat: activation checkpointing of the layers.
     chunk_rows: rows per committed part file; generation_batch_size: rows decoded together.
     """
 
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    attention: Literal["auto", "xla"] = "auto"
+    attention: Literal["auto", "xla", "cudnn", "splash", "tokamax"] = "auto"
     remat: Literal["none", "dots", "projections", "full"] = "none"
     chunk_rows: int = 1024
     generation_batch_size: int = 32

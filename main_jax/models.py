@@ -15,6 +15,7 @@ from main_jax.config import Runtime
 from main_jax.errors import UserError
 from main_jax.lm import hf
 from main_jax.lm.arch import DecoderConfig
+from main_jax.lm.attention import check_backend
 from main_jax.lm.checkpoint import load_params, stored_params
 from main_jax.lm.model import Decoder
 from main_jax.lm.runtime import compute_dtype
@@ -98,10 +99,10 @@ def open_checkpoint(path: str, runtime: Runtime) -> Checkpoint:
         stored(path, config)
     else:
         config = hf.check_checkpoint(path)
-    decoder = Decoder(
-        config,
-        dtype=compute_dtype(runtime.compute_dtype),
-        remat=runtime.remat,
-        attention=runtime.attention,
-    )
+    dtype = compute_dtype(runtime.compute_dtype)
+    try:
+        backend = check_backend(runtime.attention, dtype, config)
+    except ValueError as error:
+        raise UserError(f"runtime.{error}") from None
+    decoder = Decoder(config, dtype=dtype, remat=runtime.remat, attention=backend)
     return Checkpoint(path, decoder)

@@ -5,16 +5,33 @@ position is not after the query's, and, with a sliding window w, it is among the
 and segments decide, not slot numbers: packed rows, padding on either side and caches with holes are
 all the same case. A query that sees nothing yields zeros, and zero gradients.
 
+    backend  runs on          auto on  what it is
+    splash   tpu, cpu (slow)  tpu      JAX's Pallas kernel; float32, bfloat16
+    cudnn    gpu              gpu      cuDNN's flash attention; bfloat16, float16; heads up to 128
+    tokamax  gpu                       Tokamax's kernels, where it is installed
+    xla      everywhere       rest     matrix products around a softmax, the scores held densely
+
+All but xla are kernels, and kernels are for packed rows, see `attention`. On a device, compare them
+with xla before they are trusted: `check_backend`.
+
 Letters: B rows, T query tokens, S key slots, N query heads, K key-value heads, G = N / K queries to
 one key-value head, H head dimension.
 """
 
+import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh
 
-Backend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+from main_jax.lm import attention_kernels as kernels
+from main_jax.lm.arch import DecoderConfig
+from main_jax.lm.progress import say
 
 
 def visible(
@@ -31,34 +48,100 @@ def visible(
     return mask if sliding_window is None else mask & (distance < sliding_window)
 
 
-def _xla(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Compute attention as two matrix products around a float32 softmax, scores held densely.
+# ---------------------------------------------------------------------------------------- backends
 
-    The G queries of a key-value head are folded into its query axis, so that both products are
-    plain batched ones. On two CPU cores, forward and backward, (B, T, N, K, H) took, in ms, here,
-    with jax.nn.dot_product_attention, and with einsums over separate K and G axes:
-    (16, 64, 4, 2, 16) 0.7, 0.9, 0.9; (4, 512, 8, 2, 64) 57, 90, 102; (2, 1024, 4, 2, 32) 50, 110,
-    130.
+# The platform that functions are traced for where it is not the default backend:
+# `with target_platform("tpu"): jax.jit(step).lower(...)` on a host without one. JAX's caches heed it.
+target_platform = jax.make_user_context(default_value=None)
+
+
+def platform() -> str:
+    """cpu, gpu or tpu: what attention is traced for."""
+    name = target_platform.value or jax.default_backend()
+    return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to compute attention and where it applies.
+
+    compute: from q, k, v, the positions of queries and keys, and their segments, all by position,
+    and `sliding_window`. refuses: why it does not take a dtype and a head dimension, or None.
     """
-    B, T, N, H = q.shape
-    S, K = k.shape[1:3]
-    G = N // K
-    q = q.reshape(B, T, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
-    scores = jnp.einsum("BKQH,BSKH->BKQS", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores.reshape(B, K, G, T, S) * H**-0.5, -jnp.inf)
-    # Not jax.nn.softmax: where a query sees nothing, a finite maximum and a positive divisor make
-    # its weights zeros, and keep NaN off the way back.
-    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True, initial=-1e30))
-    weights = jnp.exp(scores - top).reshape(B, K, G * T, S)
-    total = jnp.maximum(weights.sum(-1, keepdims=True), 1e-30)
-    out = jnp.einsum(
-        "BKQS,BSKH->BKQH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
-    out = (out / total).astype(v.dtype).reshape(B, K, G, T, H)  # dividing late spares a pass over S
-    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+    compute: Callable[..., jax.Array]
+    platforms: tuple[str, ...]
+    auto_on: tuple[str, ...]
+    refuses: Callable[[str, int], str | None]
+    kernel: bool = True  # packed rows only, and cut up by hand on a mesh
 
 
-BACKENDS: dict[str, Backend] = {"xla": _xla}
+def _with_mask(compute: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    def f(q: Any, k: Any, v: Any, *who: Any, sliding_window: int | None) -> jax.Array:
+        return compute(q, k, v, visible(*who, sliding_window))
+
+    return f
+
+
+def _splash(q: Any, k: Any, v: Any, *who: Any, sliding_window: int | None) -> jax.Array:
+    return kernels.splash(q, k, v, who[2], sliding_window, interpret=platform() == "cpu")
+
+
+def _splash_refuses(dtype: str, head_dim: int) -> str | None:
+    return None if dtype in ("float32", "bfloat16") else f"it computes no {dtype}"
+
+
+def _cudnn_refuses(dtype: str, head_dim: int) -> str | None:
+    if dtype not in ("bfloat16", "float16"):
+        return f"it computes bfloat16 and float16, not {dtype}"
+    if head_dim % 8 or head_dim > 128:
+        return f"heads have multiples of 8 features up to 128, not {head_dim}"
+    return None
+
+
+def _tokamax_refuses(dtype: str, head_dim: int) -> str | None:
+    found = importlib.util.find_spec("tokamax")
+    return None if found else "it is not installed: pip install 'main-jax[kernels]'"
+
+
+BACKENDS: dict[str, Backend] = {
+    "splash": Backend(_splash, ("tpu", "cpu"), ("tpu",), _splash_refuses),
+    "cudnn": Backend(_with_mask(kernels.cudnn), ("gpu",), ("gpu",), _cudnn_refuses),
+    "tokamax": Backend(_with_mask(kernels.tokamax), ("gpu",), (), _tokamax_refuses),
+    "xla": Backend(
+        _with_mask(kernels.dense),
+        ("cpu", "gpu", "tpu"),
+        ("cpu", "gpu", "tpu"),
+        lambda *_: None,
+        False,
+    ),
+}
+
+
+def choose(backend: str, *, platform: str, dtype: str, head_dim: int, packed: bool) -> str:
+    """Name the backend that computes: decided by what is known without looking at numbers.
+
+    `auto` is the first of `BACKENDS` that it takes on the platform and that accepts dtype and heads.
+    Rows that are not packed, those with a cache, are xla's under any name: a step of decoding reads
+    the cache once whatever computes it. `ValueError` for an unknown backend, naming those there are,
+    and for one that does not apply, saying why.
+    """
+    if backend == "auto":
+        fits = (
+            name
+            for name, b in BACKENDS.items()
+            if platform in b.auto_on and (packed or not b.kernel) and not b.refuses(dtype, head_dim)
+        )
+        return next(fits, "xla")
+    if backend not in BACKENDS:
+        raise ValueError(f"attention: no backend {backend!r}, only auto, {', '.join(BACKENDS)}")
+    b = BACKENDS[backend]
+    reason = b.refuses(dtype, head_dim)
+    if platform not in b.platforms:
+        reason = f"it runs on {' and '.join(b.platforms)}, not on {platform}"
+    if reason:
+        raise ValueError(f"attention: {backend} does not apply: {reason}")
+    return backend if packed or not b.kernel else "xla"
 
 
 def attention(
@@ -72,15 +155,109 @@ def attention(
     k_segment_ids: jax.Array,
     sliding_window: int | None = None,
     backend: str = "auto",
+    packed: bool = False,
 ) -> jax.Array:
     """Attend with queries `[B, T, N, H]` to keys and values `[B, S, K, H]`; N a multiple of K.
 
-    Positions and segment ids are integers, `[B, T]` for queries and `[B, S]` for keys. `auto` is
-    the backend that suits the platform. Returns `[B, T, N, H]` in the dtype of `v`; the softmax is
-    float32 throughout. `ValueError` for an unknown backend, naming those there are.
+    Positions and segment ids are integers, `[B, T]` for queries and `[B, S]` for keys. `backend` is
+    `auto` or one of `BACKENDS`, see `choose`. Returns `[B, T, N, H]` in the dtype of `v`; the
+    softmax is float32 throughout.
+
+    `packed` is the caller's promise that keys are the queries' own tokens (T = S, no cache) and that
+    a segment lies in adjacent slots, its positions rising by one from slot to slot. Order by slots
+    within a segment, which is all that kernels know, is then order by positions.
     """
-    name = "xla" if backend == "auto" else backend
-    if name not in BACKENDS:
-        raise ValueError(f"attention: no backend {backend!r}, only auto, {', '.join(BACKENDS)}")
-    mask = visible(q_positions, k_positions, q_segment_ids, k_segment_ids, sliding_window)
-    return BACKENDS[name](q, k, v, mask)
+    who = (q_positions, k_positions, q_segment_ids, k_segment_ids)
+    name = choose(
+        backend, platform=platform(), dtype=q.dtype.name, head_dim=q.shape[-1], packed=packed
+    )
+    compute = partial(BACKENDS[name].compute, sliding_window=sliding_window)
+    if BACKENDS[name].kernel:
+        return kernels.on_mesh(compute, q, k, v, *who)
+    return compute(q, k, v, *who)
+
+
+# -------------------------------------------------------------------------------------- comparison
+
+TOLERANCE = 0.03  # of a row's length plus the mean one; bfloat16 stays within a third of it
+_verdicts: dict[Any, str | None] = {}
+
+
+def check_backend(backend: str, dtype: str, config: DecoderConfig) -> str:
+    """Compare the kernel that `backend` means here with xla; return the name to use in its place.
+
+    Called where a model is opened, before anything is traced. Once for each dtype, kind of heads and
+    window, outputs and gradients on random packed rows are computed both ways on one device. Where
+    they differ, or the kernel does not run, `auto` becomes xla, said in one line, and a backend
+    asked for by name is a `ValueError`; as is one that `choose` refuses.
+    """
+    here = platform()
+    name = choose(backend, platform=here, dtype=dtype, head_dim=config.head_dim, packed=True)
+    if not BACKENDS[name].kernel or target_platform.value:
+        return backend
+    c = config
+    key = (name, dtype, c.num_heads // c.num_kv_heads, c.num_kv_heads, c.head_dim, c.sliding_window)
+    new = key not in _verdicts
+    if new:
+        # A mesh of its own: the program's may be set, and is not for this.
+        mesh = Mesh(np.array(jax.local_devices()[:1]), ("one",), axis_types=(AxisType.Auto,))
+        with jax.set_mesh(mesh):
+            _verdicts[key] = _fault(BACKENDS[name], dtype, config)
+    if (fault := _verdicts[key]) is None:
+        return backend
+    if backend != "auto":
+        raise ValueError(f"attention: {name} {fault}; choose another backend, or auto")
+    if new:
+        say(f"attention: {name} {fault}; xla takes its place")
+    return "xla"
+
+
+def _fault(backend: Backend, dtype: str, config: DecoderConfig) -> str | None:
+    """Say what is wrong with a backend, or None."""
+    # Two rows of segments and (negative) padding, over several tiles and no multiple of one.
+    ids = np.stack([_segments(317, 130, -64, 400, 89), _segments(-5, 1, 255, 516, -223)])
+    B, T = ids.shape
+    starts = np.diff(ids, axis=1, prepend=-1) != 0
+    slots = np.arange(T)
+    positions = slots - np.maximum.accumulate(np.where(starts, slots, 0), axis=1)
+    who = [jnp.asarray(x, jnp.int32) for x in (positions, positions, ids, ids)]
+    K = min(config.num_kv_heads, 2)
+    N = config.num_heads // config.num_kv_heads * K
+    rng = np.random.default_rng(0)
+
+    def draw(heads: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=(B, T, heads, config.head_dim)), dtype)
+
+    q, k, v, tilt = draw(N), draw(K), draw(K), draw(N)
+    window = config.sliding_window and min(config.sliding_window, 100)
+
+    def run(backend: Backend, dtype: str) -> list[np.ndarray]:
+        def f(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+            out = backend.compute(q, k, v, *who, sliding_window=window).astype(jnp.float32)
+            return (out * tilt.astype(jnp.float32)).sum(), out
+
+        grads_and_out = jax.jit(jax.grad(f, argnums=(0, 1, 2), has_aux=True))
+        grads, out = grads_and_out(*(x.astype(dtype) for x in (q, k, v)))
+        return [np.asarray(x, np.float32).reshape(B, T, -1) for x in (out, *grads)]
+
+    try:
+        found = run(backend, dtype)
+    except Exception as error:  # whatever a kernel, its compiler or its library may raise
+        lines = str(error).splitlines() or [""]
+        return f"does not run here ({type(error).__name__}: {lines[0]})"
+    with jax.default_matmul_precision("highest"):
+        expected = run(BACKENDS["xla"], "float32")
+    for what, a, b in zip(("output", "dq", "dk", "dv"), found, expected, strict=True):
+        length = np.linalg.norm(b, axis=-1)
+        error = np.linalg.norm(a - b, axis=-1) / (length + length.mean())
+        if not error.max() <= TOLERANCE:  # or NaN
+            return f"differs from xla in {what}, by up to {error.max():.2g} of a row"
+        if np.any(a[ids == 0]):
+            return f"has {what} other than zero at padding"
+    return None
+
+
+def _segments(*lengths: int) -> np.ndarray:
+    """Number the segments of a row from 1, negative lengths being padding."""
+    ids = [i + 1 if n > 0 else 0 for i, n in enumerate(lengths)]
+    return np.repeat(ids, np.abs(lengths))

@@ -223,8 +223,11 @@ class Attention(nn.Module):
             new = (k, v)
             k, v = _write(cached[0], k, context.index), _write(cached[1], v, context.index)
         with jax.named_scope("attend"):
-            window, backend = c.sliding_window, self.decoder.attention
-            y = attention(q, k, v, **context.who, sliding_window=window, backend=backend)
+            # Without a cache, the segments of a row lie one after another.
+            y = attention(
+                q, k, v, **context.who, sliding_window=c.sliding_window,
+                backend=self.decoder.attention, packed=context.index is None,
+            )  # fmt: skip
         gain = (2 * c.num_layers) ** -0.5
         return Einsum("BTNH,NHD->BTD", self.decoder, gain=gain, name="o")(y), new
 

@@ -1,16 +1,23 @@
 """The verbs. Every heavy import is inside a verb, so that `main-jax --help` answers at once.
 
-Exit codes: 0 done; 1 failed check or run; 2 a user's mistake (one line, no traceback); 130 interrupted.
+Exit codes: 0 done; 1 failed check or run; 2 a user's mistake (one line, no traceback); 75 preempted, to be
+continued; 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
+import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 
+from main_jax import launch, processes
 from main_jax.errors import UserError
+from main_jax.lm import progress
+from main_jax.lm.rendezvous import StartError
+from main_jax.lm.runtime import initialize, joined
 
 EXAMPLES = """\
 examples:
@@ -22,6 +29,7 @@ examples:
   main-jax verify DIR                                   our logits against transformers' on PyTorch
   main-jax convert DIR NEW                              Hugging Face <-> Orbax
   main-jax export runs/own NEW                          a run's model for everybody else
+  main-jax launch --num-processes 2 -- run CONFIG.yaml  several processes on this machine
 
 Wherever a model's DIR is expected, a name on the Hugging Face hub will do: org/name or org/name@revision.
 """
@@ -77,11 +85,12 @@ def build_parser() -> argparse.ArgumentParser:
         "  main-jax run configs/own_data.yaml --finetune.learning_rate 2e-5",
     )
     _add_config(run)
+    processes.add_options(run)
     for name, text in STAGES.items():
         if name != "score":
-            _add_config(
-                verb(name, f"stage: {text}", f"examples:\n  main-jax {name} configs/demo.yaml")
-            )
+            stage = verb(name, f"stage: {text}", f"examples:\n  main-jax {name} configs/demo.yaml")
+            _add_config(stage)
+            processes.add_options(stage)
 
     score = verb(
         "score",
@@ -110,6 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument(
         "--tokens-per-batch", type=int, metavar="N", help="padded tokens at once (8192)"
     )
+    processes.add_options(score)
     score.set_defaults(function=score_file)
 
     generate = verb(
@@ -135,6 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
     generate.add_argument("--seed", type=int, default=0, metavar="S")
     generate.add_argument("--batch-size", type=int, default=32, metavar="B")
+    processes.add_options(generate)
     generate.set_defaults(function=generate_file)
 
     convert = verb(
@@ -187,6 +198,33 @@ def build_parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("--seed", type=int, default=0, metavar="S", help="of the random tokens (0)")
     verify.set_defaults(function=verify_folder)
+
+    launcher = verb(
+        "launch",
+        "several processes of another verb, on this machine",
+        "examples:\n  main-jax launch --num-processes 2 --cpu-devices 4 -- run configs/demo.yaml\n"
+        "  main-jax launch --num-processes 8 --gpus-per-process 1 -- finetune configs/own_data.yaml\n\n"
+        "What process 0 writes passes unchanged, lines of the others begin with [1]. When one process\n"
+        "fails, the others are stopped. Exit codes: 0 all did well; 2 a mistake; 75 all were preempted,\n"
+        "and the same command continues; 1 otherwise.",
+    )
+    launcher.usage = f"{launcher.prog} --num-processes N [options] -- VERB ..."
+    launcher.add_argument("--num-processes", type=processes.positive, required=True, metavar="N")
+    launcher.add_argument(
+        "--cpu-devices", type=processes.positive, metavar="D", help="CPU devices of each process"
+    )
+    launcher.add_argument(
+        "--gpus-per-process", type=processes.positive, metavar="G",
+        help="process 0 takes the first G GPUs, process 1 the next (one process takes all without)",
+    )  # fmt: skip
+    launcher.add_argument(
+        "--coordinator-port", type=processes.positive, metavar="P", help="default: a free one"
+    )
+    launcher.add_argument(
+        "--grace", type=processes.positive, default=int(launch.GRACE_S), metavar="S",
+        help=f"seconds from SIGTERM to SIGKILL for the others when one fails ({launch.GRACE_S:g})",
+    )  # fmt: skip
+    launcher.set_defaults(function=launch_processes)
     return parser
 
 
@@ -203,22 +241,30 @@ def _add_config(parser: argparse.ArgumentParser, optional: bool = False) -> None
     )  # fmt: skip
 
 
-def run_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+def run_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     """`run`, or one stage of it."""
     from main_jax.config import Config
     from main_jax.strict_yaml import load_config
 
     config = load_config(Config, arguments.config, overrides)
     from main_jax import evaluate, pipeline
-    from main_jax.lm.runtime import initialize
 
-    initialize(config.runtime.compile_cache)
+    initialize(config.runtime.compile_cache, **arguments.start)
+    from main_jax.lm.multihost import Preempted, barrier, watch_sigterm
+
+    watch_sigterm()
     run = pipeline.open_run(config)
     stage = None if arguments.verb == "run" else arguments.verb
-    pipeline.execute(run, stage, arguments.show_example)
-    if stage in (None, "evaluate"):
+    try:
+        pipeline.execute(run, stage, arguments.show_example)
+    except Preempted as error:
+        barrier("preempted")  # nobody leaves while another still writes
+        progress.say(f"{error}; the same command continues there")
+        return config.runtime.preemption_exit_code
+    if stage in (None, "evaluate") and progress.first():
         print(evaluate.show(evaluate.read_results(run)))
         print(f"\nresults: {run.path / 'results.json'}")
+    return 0
 
 
 def score_file(arguments: argparse.Namespace) -> int:
@@ -230,9 +276,8 @@ def score_file(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: expected a positive number")
     from main_jax import tools
-    from main_jax.lm.runtime import initialize
 
-    initialize()
+    initialize(**arguments.start)
     tools.score_file(
         arguments.forward_model, arguments.reverse_model, arguments.data, arguments.output,
         template=arguments.template or "auto", max_length=arguments.max_length,
@@ -247,7 +292,6 @@ def generate_file(arguments: argparse.Namespace) -> int:
     """`generate`."""
     from main_jax import tools
     from main_jax.lm.generate import Sampling
-    from main_jax.lm.runtime import initialize
     from main_jax.prompts import Direction
 
     if arguments.batch_size < 1:
@@ -258,7 +302,7 @@ def generate_file(arguments: argparse.Namespace) -> int:
         )
     except ValueError as error:
         raise UserError(str(error)) from None
-    initialize()
+    initialize(**arguments.start)
     tools.generate_file(
         arguments.model, arguments.prompts, arguments.output,
         template=arguments.template, direction=Direction(arguments.direction),
@@ -271,7 +315,6 @@ def convert_folder(arguments: argparse.Namespace) -> int:
     """`convert`."""
     size = _shard_bytes(arguments)
     from main_jax.convert import convert
-    from main_jax.lm.runtime import initialize
 
     initialize()
     convert(arguments.source, arguments.destination, arguments.dtype, size)
@@ -283,7 +326,6 @@ def export_folder(arguments: argparse.Namespace) -> int:
     size = _shard_bytes(arguments)
     from main_jax import pipeline
     from main_jax.export import export_model
-    from main_jax.lm.runtime import initialize
 
     initialize()
     run = pipeline.existing_run(arguments.run)
@@ -302,7 +344,6 @@ def _shard_bytes(arguments: argparse.Namespace) -> int | None:
 
 def verify_folder(arguments: argparse.Namespace) -> int:
     """`verify`."""
-    from main_jax.lm.runtime import initialize
     from main_jax.verify import verify
 
     initialize()
@@ -314,38 +355,90 @@ def verify_folder(arguments: argparse.Namespace) -> int:
     return 0 if verdict.ok else 1
 
 
+def launch_processes(arguments: argparse.Namespace) -> int:
+    """`launch`."""
+    command: list[str] = arguments.command
+    verbs = ("run", *STAGES, "generate")
+    if not command or command[0] not in verbs:
+        found = f", not {command[0]!r}" if command else ""
+        raise UserError(
+            f"launch: expected -- and one of {', '.join(verbs)} after the options{found}"
+        )
+    ours = (*map(processes.option, processes.TOGETHER), "--distributed")
+    for name in (word.partition("=")[0] for word in command):
+        if name in ours:
+            raise UserError(f"{name}: launch says it to every process; leave it out")
+    variables = launch.environments(
+        arguments.num_processes, arguments.coordinator_port, arguments.cpu_devices,
+        arguments.gpus_per_process,
+    )  # fmt: skip
+    program = [sys.executable, "-P", "-m", "main_jax.cli"]
+    return launch.launch([program + command] * len(variables), variables, arguments.grace)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script; returns the exit code."""
+    return guarded(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _main(argv: list[str]) -> int:
+    launch.attach()
+    command: list[str] = []
+    if argv[:1] == ["launch"] and "--" in argv:
+        at = argv.index("--")
+        argv, command = argv[:at], argv[at + 1 :]
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    arguments.command = command
+    if arguments.verb is None:
+        parser.print_help()
+        return 0
+    if hasattr(arguments, "coordinator"):
+        arguments.start = processes.start_options(arguments)
+        how = arguments.start["distributed"]
+        if how is not None and how.coordinator is not None:
+            progress.set_process(how.process_id, how.num_processes)
+    of_a_file = [name for name in FILE_OPTIONS if getattr(arguments, name, None) is not None]
+    if getattr(arguments, "config", None) and not of_a_file:
+        return run_config(arguments, rest)
+    if rest:
+        raise UserError(f"unknown argument {rest[0]} (see main-jax {arguments.verb} --help)")
+    if getattr(arguments, "config", None):
+        raise UserError(
+            f"score takes CONFIG or {processes.option(of_a_file[0])}, not both (see main-jax score --help)"
+        )
+    return arguments.function(arguments)
+
+
+def guarded(function: Callable[[], int]) -> int:
+    """The exit code of `function`; an error of a known kind becomes one line.
+
+    One of several processes does not return from an error: the interpreter's end would have JAX wait for
+    the others, and these may wait for this one.
+    """
     try:
-        parser = build_parser()
-        arguments, rest = parser.parse_known_args(argv)
-        if arguments.verb is None:
-            parser.print_help()
-            return 0
-        of_a_file = [name for name in FILE_OPTIONS if getattr(arguments, name, None) is not None]
-        if getattr(arguments, "config", None) and not of_a_file:
-            run_config(arguments, rest)
-            return 0
-        if rest:
-            raise UserError(f"unknown argument {rest[0]} (see main-jax {arguments.verb} --help)")
-        if getattr(arguments, "config", None):
-            option = of_a_file[0].replace("_", "-")
-            raise UserError(
-                f"score takes CONFIG or --{option}, not both (see main-jax score --help)"
-            )
-        return arguments.function(arguments)
+        return function()
     except KeyboardInterrupt:
-        return _fail("interrupted; a run continues where it stopped with the same command", 130)
+        line = "interrupted; a run continues where it stopped with the same command"
+        code = _fail(line, 130)
     except Exception as error:
-        code = _exit_code(error)
-        if code is None:
+        known = _exit_code(error)
+        if known is None and not joined():
             raise
-        return _fail(str(error), code)
+        if known is None:
+            traceback.print_exc()
+        name = f"{type(error).__name__}: " if known is None else ""
+        code = _fail(name + str(error), known or 1, getattr(error, "stage", None))
+    if joined():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _exit_code(error: Exception) -> int | None:
     """The exit code of an error that needs no traceback, or None."""
-    if isinstance(error, UserError):
+    if isinstance(error, (UserError, StartError)):
         return 2
     if isinstance(error, OSError) and error.errno in (
         errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM,
@@ -365,8 +458,11 @@ def _exit_code(error: Exception) -> int | None:
     return None
 
 
-def _fail(message: str, code: int) -> int:
-    print(f"main-jax: {' '.join(message.split())}", file=sys.stderr)
+def _fail(message: str, code: int, stage: str | None = None) -> int:
+    """The line of an error, from every process; where they were launched together it is said once."""
+    message = " ".join(message.split())
+    if not launch.report(code, progress.mark(stage), message):
+        print(f"main-jax: {progress.mark(stage)}{message}", file=sys.stderr)
     return code
 
 

@@ -145,6 +145,7 @@ class Runtime:
     attention: `auto` is splash on TPUs, cuDNN on GPUs where it applies, else xla.
     remat: activation checkpointing of the layers.
     chunk_rows: rows per committed part file; generation_batch_size: rows decoded together.
+    preemption_exit_code: after SIGTERM, when what was done is saved. Job managers take 0 as finished.
     """
 
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -153,6 +154,7 @@ class Runtime:
     chunk_rows: int = 1024
     generation_batch_size: int = 32
     compile_cache: bool = True
+    preemption_exit_code: int = 75
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from main_jax.hub import find_model
 from main_jax.lm import hf
 from main_jax.lm.arch import DecoderConfig
 from main_jax.lm.checkpoint import Checkpoints
+from main_jax.lm.multihost import first
 from main_jax.lm.progress import say
 from main_jax.lm.tokenizer import copy_tokenizer
 from main_jax.lm.weights import read_json
@@ -136,9 +137,10 @@ def _write_companions(
         settings["eos_token_id"] = ends
     # It would let Transformers take the ids of config.json instead.
     settings.pop("_from_model_config", None)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    copy_tokenizer(source, folder, chat_template)
+    if first():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        copy_tokenizer(source, folder, chat_template)
     return read_json(epath.Path(source) / "config.json")
 
 

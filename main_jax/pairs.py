@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from etils import epath
 
 from main_jax.errors import UserError
+from main_jax.lm.multihost import Preempted, barrier, first, stop_asked
 
 COLUMNS: dict[str, pa.DataType] = {
     "id": pa.string(),
@@ -230,7 +231,9 @@ def _assign_ids(rows: list[dict], path: str) -> None:
 
 
 def write_atomically(path: epath.PathLike, write: Callable[[epath.Path], Any]) -> None:
-    """Calls `write` with a temporary name beside `path`, then renames."""
+    """Calls `write` with a temporary name beside `path`, then renames; the first process alone does."""
+    if not first():
+        return
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
@@ -298,13 +301,19 @@ def map_chunks(
     """Applies `function` to fixed chunks of rows, committing one part file each; resumes.
 
     Chunks are cut by number, so that a restart repeats the same shapes. Parts that exist are not
-    computed again.
+    computed again. Raises Preempted where the program was asked to stop.
     """
     directory = epath.Path(directory)
-    for part, chunk in enumerate(chunks(rows, chunk_rows)):
-        path = directory / f"part-{part:05}.parquet"
-        if not path.exists():
+    parts = list(chunks(rows, chunk_rows))
+    paths = [directory / f"part-{part:05}.parquet" for part in range(len(parts))]
+    missing = [not path.exists() for path in paths]
+    barrier(f"chunks of {directory}")  # all see the same parts missing
+    for path, chunk, wanted in zip(paths, parts, missing, strict=True):
+        if wanted:
             write_table(path, table_of(function(chunk)))
+            if path != paths[-1] and stop_asked():
+                raise Preempted(f"{directory}: stopped after {path.name}")
+    barrier(f"parts in {directory}")
     return read_parts(directory)
 
 

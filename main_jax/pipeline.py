@@ -25,6 +25,7 @@ from main_jax.evaluate import evaluate
 from main_jax.export import export
 from main_jax.filter import with_filter
 from main_jax.finetune import arms, finetune
+from main_jax.lm.multihost import first
 from main_jax.lm.progress import track
 from main_jax.lm.sharding import make_mesh, use_mesh
 from main_jax.models import LanguageModel
@@ -169,7 +170,7 @@ def execute(run: Run, stage: str | None = None, show_example: bool = False) -> N
             run.execute(name)
         manifest = {"versions": versions(), "stages": list(run.stages), "seconds": run.seconds()}
         pairs.write_json(run.path / "manifest.json", manifest)
-        if show_example and name in ("prepare", stage):
+        if show_example and first() and name in ("prepare", stage):
             print((run.directory("prepare") / "example.txt").read_text(encoding="utf-8"))
     if stage in (None, "evaluate"):
         results = json.loads((run.directory("evaluate") / "results.json").read_text())

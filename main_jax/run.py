@@ -25,12 +25,17 @@ from etils import epath
 from main_jax import __version__
 from main_jax.config import Config
 from main_jax.errors import UserError
+from main_jax.lm.multihost import barrier, first
 from main_jax.lm.progress import say
 from main_jax.pairs import read_parts, write_json
 
 if TYPE_CHECKING:
     from main_jax.models import Checkpoint
     from main_jax.prompts import Prompt
+
+
+ANY_RESULT = ("compile_cache", "preemption_exit_code")
+"""Keys of `runtime` that no result depends on."""
 
 
 @dataclass(frozen=True)
@@ -130,20 +135,21 @@ class Run:
         self.check_needs(name)
         stage, directory = self.stages[name], self.directory(name)
         fingerprint, old = self.fingerprint(name), self._manifest(name)
+        left = files_below(directory)
+        barrier(f"{name}: seen")  # by all alike, before the first process changes anything
         if old and old["fingerprint"] != fingerprint:
-            if any(file.name != "manifest.json" for file in files_below(directory)):
+            if first() and any(file.name != "manifest.json" for file in left):
                 aside = _free_name(directory)
                 directory.rename(aside)
                 say(f"{name}: configuration or inputs changed; the old results are kept in {aside}")
-            old = {}
+            old, left = {}, []
         if old.get("status") == "done":
             say(f"{name}: done before, kept")
             return
-        left = files_below(directory)
         if len(left) > 1:  # more than a manifest
             say(f"{name}: continues")
         for file in left:  # what a killed run was just writing
-            if file.name.startswith(".") and file.name.endswith(".tmp"):
+            if first() and file.name.startswith(".") and file.name.endswith(".tmp"):
                 file.unlink()
         manifest = {
             "stage": name,
@@ -155,11 +161,17 @@ class Run:
             "seconds": old.get("seconds", 0.0),
         }
         write_json(directory / "manifest.json", manifest)
+        barrier(f"{name}: begins")
         start = time.monotonic()
-        counts = stage.function(self, directory)
+        try:
+            counts = stage.function(self, directory)
+        except Exception as error:
+            vars(error)["stage"] = name  # for the line that says what went wrong
+            raise
         seconds = round(manifest["seconds"] + time.monotonic() - start, 2)
         manifest |= {"status": "done", "counts": counts, "seconds": seconds}
         write_json(directory / "manifest.json", manifest)
+        barrier(f"{name}: done")
         shown = ", ".join(f"{n:,} {key.replace('_', ' ')}" for key, n in counts.items())
         say(f"{name}: done in {seconds:.0f} s{': ' if shown else ''}{shown}")
 
@@ -207,7 +219,7 @@ class Run:
 
     def _sections(self, stage: Stage) -> dict[str, Any]:
         values = self.config.as_dict()
-        runtime = {k: v for k, v in values["runtime"].items() if k != "compile_cache"}
+        runtime = {k: v for k, v in values["runtime"].items() if k not in ANY_RESULT}
         sections = {name: values[name] for name in stage.sections}
         if "data" in sections:  # the files count by their content, not by their names
             sections["data"] = {

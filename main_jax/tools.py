@@ -18,6 +18,7 @@ from main_jax.errors import UserError
 from main_jax.filter import score_columns
 from main_jax.hub import find_model
 from main_jax.lm.generate import Sampling
+from main_jax.lm.multihost import first
 from main_jax.lm.progress import say, track
 from main_jax.lm.sharding import MeshShape, use_mesh
 from main_jax.models import Checkpoint, open_checkpoint
@@ -65,12 +66,12 @@ def score_file(
     check_room(output, 4 * epath.Path(data).stat().length + 1_000_000, "the output")
     if output.endswith(".parquet"):
         user_table(output, [row["raw"] for row in rows])  # better now than after the work
-    if show_example:
+    if show_example and first():
         for direction, path in zip(Direction, paths, strict=True):
-            first = rows[0]
+            row = rows[0]
             print(
                 templates[path].show(
-                    direction, pairs.joined_instruction(first), first["response"] or ""
+                    direction, pairs.joined_instruction(row), row["response"] or ""
                 )
             )
     scored: list[dict] = []

@@ -231,3 +231,20 @@ def test_kills_inside_a_stage_leave_no_trace(stage, undisturbed, tmp_path):
     finish(config, run, cache)
     check_equal(run, other)
     assert list(directory(run, stage).rglob(".*.tmp")) == []
+
+
+@pytest.mark.parametrize("stage", ["align", "finetune"])
+def test_sigterm_saves_stops_and_leaves_no_trace(stage, undisturbed, tmp_path):
+    config, other, cache = undisturbed
+    run = copy_before(stage, other, tmp_path)
+    milestone = milestones(directory(other, stage))[1]
+    process = start(config, run, cache)
+    while process.poll() is None and not reached(directory(run, stage) / milestone):
+        time.sleep(0.002)
+    process.terminate()
+    assert process.wait(LIMIT_S) == 75
+    said = (run.parent / f"{run.name}.log").read_text()
+    assert "stopped a" in said and "the same command continues there" in said, said
+    assert status(run, stage) == "running"
+    finish(config, run, cache)
+    check_equal(run, other)

@@ -24,6 +24,14 @@ from main_jax.lm.weights import CheckpointError, one_line
 PARTS = ("params", "opt_state", "weighting")
 
 
+class _Manager(ocp.CheckpointManager):
+    """Does not ask for preemption at its own steps: JAX could no longer agree on one of `stop_asked`'s."""
+
+    def reached_preemption(self, step: int) -> bool:
+        """Never: `fit` decides when to save."""
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one training, in one directory. Use as a context manager.
 
@@ -41,7 +49,7 @@ class Checkpoints:
         limit: Any = concurrent_bytes / 10**9
         writing = ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True)
         reading = ocp.CheckpointManagerOptions(read_only=True, create=False)
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             epath.Path(directory).absolute(),
             options=reading if read_only else writing,
             item_handlers={

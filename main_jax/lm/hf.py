@@ -24,6 +24,7 @@ from etils import epath
 from main_jax.lm.arch import DecoderConfig
 from main_jax.lm.hf_config import from_hf, to_hf
 from main_jax.lm.hf_table import Weight, weights
+from main_jax.lm.multihost import first, on_host
 from main_jax.lm.progress import track
 from main_jax.lm.sharding import param_shardings
 from main_jax.lm.weights import (
@@ -246,11 +247,11 @@ def save_checkpoint(
     key = "torch_dtype" if "torch_dtype" in written else "dtype"  # the older and the newer name
     written[key] = dtypes.pop() if len(dtypes) == 1 else "float32"
     folder = epath.Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
     total = config.num_params()
     with track("write", total, "parameters", shown=total > LARGE) as bar:
         write_tensors(folder, _planned(config, leaves, dtype), max_shard_bytes, bar.advance)
-    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
+    if first():
+        (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
 
 
 def _config_json(path: Path, config: DecoderConfig, fields: dict[str, Any]) -> dict[str, Any]:
@@ -294,13 +295,13 @@ def _planned(
         for i, name in enumerate(names):
 
             def read(row=row, leaf=leaf, name=name, layer=i if stacked else None, target=target):
-                return _cast(row.to_theirs(_on_host(leaf, layer), config), target, name)
+                return _cast(row.to_theirs(_layer(leaf, layer), config), target, name)
 
             yield Planned(name, target, row.their_shape(config), read)
 
 
-def _on_host(leaf: Any, layer: int | None) -> np.ndarray:
+def _layer(leaf: Any, layer: int | None) -> np.ndarray:
     """Copy one layer, or all where there are none. Of `leaf` itself JAX would keep the host's copy."""
-    if layer is None and isinstance(leaf, jax.Array):
-        leaf = jnp.copy(leaf)
+    if isinstance(leaf, jax.Array):
+        return on_host(jnp.copy(leaf) if layer is None else leaf[layer])
     return np.asarray(leaf[... if layer is None else layer])

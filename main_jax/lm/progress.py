@@ -8,11 +8,32 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 PLAIN_INTERVAL_S = 10.0
+_process = (0, 1)
+
+
+def set_process(index: int, count: int) -> None:
+    """Which of several processes this one is: only process 0 speaks here, and errors carry the mark."""
+    global _process
+    _process = (index, count)
+
+
+def first() -> bool:
+    """Whether this is the only process, or process 0."""
+    return _process[0] == 0
+
+
+def mark(stage: str | None = None) -> str:
+    """What goes before an error's line: "[process 1 of 2, align] ", or nothing when there is one process."""
+    index, count = _process
+    if count == 1:
+        return ""
+    return f"[process {index} of {count}{f', {stage}' if stage else ''}] "
 
 
 def say(message: str) -> None:
-    """One line about what the program does, on standard error."""
-    print(message, file=sys.stderr, flush=True)
+    """One line about what the program does, on standard error; from process 0."""
+    if first():
+        print(message, file=sys.stderr, flush=True)
 
 
 def _clock(seconds: float) -> str:
@@ -96,10 +117,11 @@ def track(
 ) -> Generator[_Lines | _Bar | _Silent]:
     """Yields something with `advance(n=1, note="")`; `done` is what an earlier run had finished.
 
-    With `shown` false nothing is printed: for work that is at times too short to speak of.
+    With `shown` false nothing is printed: for work that is at times too short to speak of. Nor is it by
+    any process but the first of several.
     """
     kind = _Bar if sys.stderr.isatty() else _Lines
-    bar = kind(label, total, unit, done) if shown else _Silent()
+    bar = kind(label, total, unit, done) if shown and first() else _Silent()
     try:
         yield bar
     finally:

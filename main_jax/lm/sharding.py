@@ -229,3 +229,18 @@ def param_shardings(config: DecoderConfig) -> Mapping[str, Any]:
             node = node.setdefault(key, {})
         node[row.path[-1]] = 0
     return shardings_like_params(tree, config)
+
+
+def place_like_params(tree: Any, config: DecoderConfig) -> Any:
+    """Put parameters or an optimiser's state in their places, wherever they are now."""
+    places = shardings_like_params(tree, config)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, places)
+
+    def place(x: Any, sharding: Any) -> jax.Array:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        x = np.asarray(x)  # the same in every process, which keeps its part
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(place, tree, places)

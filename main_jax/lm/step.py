@@ -21,7 +21,11 @@ from main_jax.lm.arch import DecoderConfig
 from main_jax.lm.batches import Batch
 from main_jax.lm.loss import per_example_nll
 from main_jax.lm.model import Decoder
-from main_jax.lm.sharding import constrain_like_params, shardings_like_params
+from main_jax.lm.sharding import (
+    constrain_like_params,
+    place_like_params,
+    shardings_like_params,
+)
 
 
 class ExampleWeights(Protocol):
@@ -82,11 +86,11 @@ def init_state(
 ) -> TrainState:
     """A fresh state around `params`, which the first step will donate; in its place on the mesh."""
     make = optimizer.transform().init
+    params = place_like_params(params, config)
     places = shardings_like_params(jax.eval_shape(make, params), config)
+    opt_state = jax.jit(make, out_shardings=places)(params)
     # Committed to their places like restored ones, so that both run the same compiled step.
-    weights = weighting.init()
-    state = TrainState(params, jax.jit(make, out_shardings=places)(params), weights)
-    return jax.device_put(state, shardings_like_params(state, config))
+    return TrainState(params, opt_state, place_like_params(weighting.init(), config))
 
 
 def abstract_state(decoder: Decoder, optimizer: Optimizer, weighting: ExampleWeights) -> TrainState:

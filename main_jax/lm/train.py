@@ -23,6 +23,7 @@ from main_jax.lm.batches import Example, Shape, Unit, UnitStream, pack_table
 from main_jax.lm.checkpoint import Checkpoints
 from main_jax.lm.loss import example_nll
 from main_jax.lm.model import Decoder
+from main_jax.lm.multihost import Preempted, first, stop_asked
 from main_jax.lm.progress import track
 from main_jax.lm.sharding import place_rows, row_shards
 from main_jax.lm.step import ExampleWeights, Optimizer, abstract_state, init_state, train_step
@@ -141,6 +142,7 @@ def fit(
 
     Raises:
         TrainingDiverged: a loss or gradient was not finite; the last good checkpoint stays.
+        Preempted: the program was asked to stop; the step that it stopped at is saved.
         ValueError: no units.
     """
     directory = epath.Path(directory)
@@ -188,9 +190,14 @@ def fit(
                 # Before the checkpoint: what is not on disk by then, a resumed run would not log again.
                 if done % settings.logging_steps == 0 or done % settings.save_steps == 0:
                     note = f"loss {log.flush(label):.3f}"
-                if done % settings.save_steps == 0 and done < steps:
+                stop = done < steps and stop_asked()
+                if stop:
+                    log.flush(label)
+                if done < steps and (stop or done % settings.save_steps == 0):
                     checkpoints.save(done, state)
                 bar.advance(note=note)
+                if stop:
+                    raise Preempted(f"{label}: stopped at step {done} of {steps}")
         log.flush(label)
         checkpoints.save_params(steps, state.params)
 
@@ -215,6 +222,8 @@ class MetricsLog:
 
     def __init__(self, path: epath.Path, keep_steps: int):
         self._path, self._pending = path, []
+        if not first():
+            return
         lines = path.read_text().splitlines() if path.exists() else []
         complete = [line for line in lines if line.endswith("}")]
         kept = [line for line in complete if json.loads(line)["step"] <= keep_steps]
@@ -241,7 +250,8 @@ class MetricsLog:
                     )
             shown = {k: v if math.isfinite(v) else None for k, v in values.items()}
             lines.append(json.dumps({"step": step} | shown) + "\n")
-        with self._path.open("a") as file:
-            file.write("".join(lines))
+        if first():
+            with self._path.open("a") as file:
+                file.write("".join(lines))
         self._pending = []
         return loss

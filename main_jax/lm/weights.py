@@ -17,6 +17,8 @@ import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
 
+from main_jax.lm.multihost import first
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES: dict[str, Any] = {"F32": np.float32, "BF16": jnp.bfloat16, "F16": np.float16}
 PICKLED = ("*.bin", "*.pt", "*.pth")
@@ -169,8 +171,14 @@ def write_tensors(
     """Write safetensors of at most `max_shard_bytes` (or one tensor), in place of what was there.
 
     One tensor is in memory at a time: the library could only write a file of tensors that are all
-    there. Several files get an index. Files get their names only once all are written.
+    there. Several files get an index. Files get their names only once all are written. Of several
+    processes the first one writes; the others make the same tensors, parts of which they may hold.
     """
+    if not first():
+        for tensor in tensors:
+            tensor.read()
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("tmp-*.safetensors"):
         stale.unlink()
     shards: list[list[Planned]] = [[]]

@@ -16,9 +16,10 @@ from etils import epath
 from main_jax.config import WorldSettings
 from main_jax.lm.arch import DecoderConfig
 from main_jax.lm.batches import Example, Unit
-from main_jax.lm.checkpoint import load_params
+from main_jax.lm.checkpoint import stored_params
 from main_jax.lm.hf import save_checkpoint
 from main_jax.lm.model import Decoder
+from main_jax.lm.multihost import first
 from main_jax.lm.train import fit
 from main_jax.pairs import write_atomically, write_json
 from main_jax.run import Run, derive_seed
@@ -72,10 +73,11 @@ def _pretrain(run: Run, out: epath.Path) -> None:
         label="world pretraining",
         limit=WORLD_POSITIONS,
     )
-    params = load_params(out / "pretraining" / "checkpoints", decoder)
+    params = stored_params(out / "pretraining" / "checkpoints")
     special = {"bos_token_id": bos, "eos_token_id": eos}
     save_checkpoint(out / "base", config, params, fields=special)
-    save_tokenizer(str(out / "base"))
+    if first():
+        save_tokenizer(str(out / "base"))
 
 
 def decoder_config(settings: WorldSettings) -> DecoderConfig:

@@ -159,7 +159,9 @@ def test_missing_torch_says_how_to_install_it(tiny, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        ({"positions": 513}, ["513", "max_position_embeddings", "512"]),
+        pytest.param(  # which takes the folder's config, looked at only where PyTorch is there
+            {"positions": 513}, ["513", "max_position_embeddings", "512"], marks=needs_torch
+        ),
         ({"positions": 1}, ["positions", "1", "2"]),
         ({"tolerance": 0.0}, ["tolerance"]),
         ({"tolerance": math.nan}, ["tolerance", "nan"]),
@@ -172,6 +174,7 @@ def test_arguments_are_refused_by_name(tiny, options, parts):
     assert all(part in str(error.value) for part in parts)
 
 
+@needs_torch
 def test_folders_are_refused(tiny, tmp_path):
     with pytest.raises(UserError, match="no such directory"):
         verify(str(tmp_path / "nowhere"))

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from main_jax.lm.model import Decoder
-from main_jax.lm.sharding import shardings_like_params
+from main_jax.lm.sharding import abstract_like_params
 from main_jax.lm.step import TrainState
 from main_jax.lm.weights import CheckpointError, one_line
 
@@ -105,11 +105,7 @@ class Checkpoints:
     def restore_params(self, step: int, decoder: Decoder) -> Any:
         """The parameters of `step` alone."""
         shapes = jax.eval_shape(decoder.init, jax.random.key(0))
-        abstract = jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-            shapes,
-            shardings_like_params(shapes, decoder.config),
-        )
+        abstract = abstract_like_params(shapes, decoder.config)
         args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
         parts: Any = self._manager.restore(step, args=args)
         return parts.params

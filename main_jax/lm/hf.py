@@ -23,7 +23,7 @@ from etils import epath
 
 from main_jax.lm.arch import DecoderConfig
 from main_jax.lm.hf_config import from_hf, to_hf
-from main_jax.lm.hf_table import Weight, weights
+from main_jax.lm.hf_table import Weight, nest, weights
 from main_jax.lm.multihost import first, on_host
 from main_jax.lm.progress import track
 from main_jax.lm.sharding import param_shardings
@@ -95,7 +95,7 @@ def load_checkpoint(
     folder = local_folder(path)
     config = load_config(folder)
     shardings = shardings or param_shardings(config)
-    params: dict[str, Any] = {}
+    leaves: dict[tuple[str, ...], jax.Array] = {}
     with ExitStack() as stack:
         tensors = open_tensors(folder, stack)
         _check_tensors(folder, config, tensors)
@@ -104,13 +104,10 @@ def load_checkpoint(
         shown = total > LARGE
         bar = stack.enter_context(track("load", total, "parameters", shown=shown))
         for row in rows:
-            node = params
-            for key in row.path[:-1]:
-                node = node.setdefault(key, {})
             sharding = _at(shardings, row.path)
-            node[row.path[-1]] = _load_leaf(row, config, tensors, dtype, sharding, buffer)
+            leaves[row.path] = _load_leaf(row, config, tensors, dtype, sharding, buffer)
             bar.advance(math.prod(row.our_shape(config)))
-    return config, params
+    return config, nest(leaves)
 
 
 def _at(tree: Any, path: tuple[str, ...]) -> Any:

@@ -9,8 +9,8 @@ Reshaping and transposition follow from the letters of both sides' axes.
 """
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -102,3 +102,14 @@ def weights(config: DecoderConfig) -> list[Weight]:
         if all(has[need] for need in needs):
             rows.append(Weight(name, tuple(path.split(".")), theirs, ours))
     return rows
+
+
+def nest(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """Make the tree whose leaves lie at these paths."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = leaf
+    return tree

@@ -17,11 +17,6 @@ def set_process(index: int, count: int) -> None:
     _process = (index, count)
 
 
-def first() -> bool:
-    """Whether this is the only process, or process 0."""
-    return _process[0] == 0
-
-
 def mark(stage: str | None = None) -> str:
     """What goes before an error's line: "[process 1 of 2, align] ", or nothing when there is one process."""
     index, count = _process
@@ -30,9 +25,13 @@ def mark(stage: str | None = None) -> str:
     return f"[process {index} of {count}{f', {stage}' if stage else ''}] "
 
 
+def _speaks() -> bool:
+    return _process[0] == 0  # known before JAX is imported
+
+
 def say(message: str) -> None:
     """One line about what the program does, on standard error; from process 0."""
-    if first():
+    if _speaks():
         print(message, file=sys.stderr, flush=True)
 
 
@@ -121,7 +120,7 @@ def track(
     any process but the first of several.
     """
     kind = _Bar if sys.stderr.isatty() else _Lines
-    bar = kind(label, total, unit, done) if shown and first() else _Silent()
+    bar = kind(label, total, unit, done) if shown and _speaks() else _Silent()
     try:
         yield bar
     finally:

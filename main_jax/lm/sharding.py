@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from main_jax.lm.arch import DecoderConfig
-from main_jax.lm.hf_table import weights
+from main_jax.lm.hf_table import nest, weights
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
@@ -200,6 +200,12 @@ def shardings_like_params(tree: Any, config: DecoderConfig) -> Any:
 # ------------------------------------------------------------------------------------------- placement
 
 
+def _place(x: Any, sharding: Any) -> jax.Array:
+    """Put an array that every process has whole on the devices, each process its part."""
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
 def place_rows(tree: Any, rows_axis: int = 0) -> Any:
     """Put host arrays on the devices: those of two or more axes with their rows cut up, others whole.
 
@@ -209,26 +215,9 @@ def place_rows(tree: Any, rows_axis: int = 0) -> Any:
     if current_mesh() is None:
         return jax.device_put(tree)
     mesh = jax.sharding.get_mesh()
-
-    def place(x: Any) -> jax.Array:
-        x = np.asarray(x)
-        axes = [ROWS if i == rows_axis and x.ndim > rows_axis + 1 else None for i in range(x.ndim)]
-        return jax.make_array_from_callback(
-            x.shape, NamedSharding(mesh, PartitionSpec(*axes)), lambda index: x[index]
-        )
-
-    return jax.tree.map(place, tree)
-
-
-def param_shardings(config: DecoderConfig) -> Mapping[str, Any]:
-    """The sharding of every parameter, as a tree like params."""
-    tree: dict[str, Any] = {}
-    for row in weights(config):
-        node = tree
-        for key in row.path[:-1]:
-            node = node.setdefault(key, {})
-        node[row.path[-1]] = 0
-    return shardings_like_params(tree, config)
+    rows = NamedSharding(mesh, PartitionSpec(*[None] * rows_axis, ROWS))
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda x: _place(x, rows if np.ndim(x) > rows_axis + 1 else whole), tree)
 
 
 def place_like_params(tree: Any, config: DecoderConfig) -> Any:
@@ -238,9 +227,20 @@ def place_like_params(tree: Any, config: DecoderConfig) -> Any:
         return jax.device_put(tree, places)
 
     def place(x: Any, sharding: Any) -> jax.Array:
-        if isinstance(x, jax.Array) and not x.is_fully_addressable:
-            return jax.device_put(x, sharding)
-        x = np.asarray(x)  # the same in every process, which keeps its part
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+        shared = isinstance(x, jax.Array) and not x.is_fully_addressable
+        return jax.device_put(x, sharding) if shared else _place(x, sharding)
 
     return jax.tree.map(place, tree, places)
+
+
+def abstract_like_params(tree: Any, config: DecoderConfig) -> Any:
+    """Shapes and dtypes of `tree` with the places of its leaves, without any array."""
+    places = shardings_like_params(tree, config)
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places
+    )
+
+
+def param_shardings(config: DecoderConfig) -> Mapping[str, Any]:
+    """The sharding of every parameter, as a tree like params."""
+    return shardings_like_params(nest({row.path: 0 for row in weights(config)}), config)

@@ -22,6 +22,7 @@ from main_jax.lm.batches import Batch
 from main_jax.lm.loss import per_example_nll
 from main_jax.lm.model import Decoder
 from main_jax.lm.sharding import (
+    abstract_like_params,
     constrain_like_params,
     place_like_params,
     shardings_like_params,
@@ -100,12 +101,7 @@ def abstract_state(decoder: Decoder, optimizer: Optimizer, weighting: ExampleWei
         params = decoder.init(jax.random.key(0))
         return TrainState(params, optimizer.transform().init(params), weighting.init())
 
-    state = jax.eval_shape(make)
-    return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        state,
-        shardings_like_params(state, decoder.config),
-    )
+    return abstract_like_params(jax.eval_shape(make), decoder.config)
 
 
 def accumulate(

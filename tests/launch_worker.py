@@ -121,8 +121,8 @@ def end(options, codes) -> int:
         return int(word)
     index = options["distributed"].process_id
     progress.set_process(index, options["distributed"].num_processes)
-    print(f"out {index}")
-    print(f"err {index}", file=sys.stderr)
+    sys.stdout.write(f"out {index}\n")  # at once: print would write the line break apart
+    sys.stderr.write(f"err {index}\n")
     raise UserError(word)
 
 

@@ -32,7 +32,8 @@ def _speaks() -> bool:
 def say(message: str) -> None:
     """One line about what the program does, on standard error; from process 0."""
     if _speaks():
-        print(message, file=sys.stderr, flush=True)
+        sys.stderr.write(f"{message}\n")  # at once: other processes may write there too
+        sys.stderr.flush()
 
 
 def _clock(seconds: float) -> str:

@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 INSTALLED := $(VENV)/.installed-$(VERSION)
 INSTALLED_DEV := $(VENV)/.installed-dev-$(VERSION)
+INSTALLED_TPU := $(VENV)-tpu/.installed-$(VERSION)
 
 .PHONY: demo test test-slow lint format torch clean
 
@@ -17,7 +18,8 @@ demo: $(INSTALLED)
 test: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
-test-slow: $(INSTALLED_DEV)
+# The compiler for TPUs has an environment of its own, so that no other test depends on it.
+test-slow: $(INSTALLED_DEV) $(INSTALLED_TPU)
 	$(BIN)/python -m pytest -m slow
 
 lint: $(INSTALLED_DEV)
@@ -44,5 +46,10 @@ $(INSTALLED_DEV): $(INSTALLED)
 	$(BIN)/python -m pip install -e '.[dev]' -c constraints.txt
 	touch $@
 
+$(INSTALLED_TPU): $(INSTALLED)
+	$(PYTHON) -m venv $(VENV)-tpu
+	$(VENV)-tpu/bin/python -m pip install -e '.[tpu]' -c constraints.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-tpu dist .pytest_cache .ruff_cache

@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from main_jax import launch, processes
 from main_jax.command_line import FILE_OPTIONS, STAGES, build_parser
@@ -135,6 +136,46 @@ def verify_folder(arguments: argparse.Namespace) -> int:
     return 0 if verdict.ok else 1
 
 
+def plan_run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """`plan`."""
+    from main_jax.lm import topology
+
+    topology.prepare()
+    from main_jax import plan
+    from main_jax.checks import check_output
+    from main_jax.config import Config
+    from main_jax.pairs import write_json
+    from main_jax.run import versions
+    from main_jax.strict_yaml import load_config
+
+    if arguments.slices:
+        overrides = [*overrides, "--mesh.slices", str(arguments.slices)]
+
+    def load(more: Sequence[str]) -> Config:
+        return load_config(Config, arguments.config, [*overrides, *more])
+
+    config = load(())
+    if arguments.output:
+        check_output(Path(arguments.output).parent, "--output")
+    model = plan.model_of(config)
+    initialize(compile_cache=False)
+    try:
+        machine = topology.open_topology(arguments.topology, config.mesh.slices)
+    except topology.TopologyError as error:
+        raise UserError(f"--topology {error}") from None
+    given = {name: getattr(arguments, name) for name in plan.Work._fields}
+    found = plan.make_plan(
+        load, model, machine, given, arguments.stages, not arguments.no_suggestion
+    )
+    print(plan.show(found))
+    if arguments.output:
+        write_json(
+            arguments.output,
+            {"versions": versions(), "config": config.as_dict()} | plan.as_dict(found),
+        )
+    return 0 if found.fits else 1
+
+
 def launch_processes(arguments: argparse.Namespace) -> int:
     """`launch`."""
     command: list[str] = arguments.command
@@ -189,6 +230,8 @@ def _main(argv: list[str]) -> int:
         how = arguments.start["distributed"]
         if how is not None and how.coordinator is not None:
             progress.set_process(how.process_id, how.num_processes)
+    if arguments.verb == "plan":
+        return plan_run(arguments, rest)
     of_a_file = [name for name in FILE_OPTIONS if getattr(arguments, name, None) is not None]
     if getattr(arguments, "config", None) and not of_a_file:
         return run_config(arguments, rest)

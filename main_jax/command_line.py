@@ -18,6 +18,7 @@ examples:
   main-jax convert DIR NEW                              Hugging Face <-> Orbax
   main-jax export runs/own NEW                          a run's model for everybody else
   main-jax launch --num-processes 2 -- run CONFIG.yaml  several processes on this machine
+  main-jax plan CONFIG.yaml --topology v5p:2x2x2        memory and hours, before you rent
 
 Wherever a model's DIR is expected, a name on the Hugging Face hub will do: org/name or org/name@revision.
 """
@@ -181,6 +182,39 @@ def build_parser() -> argparse.ArgumentParser:
         help="largest difference of logits (1e-3)",
     )
     verify.add_argument("--seed", type=int, default=0, metavar="S", help="of the random tokens (0)")
+
+    plan = verb(
+        "plan",
+        "what a run will need on a machine that is not rented yet: memory, FLOPs, hours",
+        "examples:\n  main-jax plan configs/llama-2-7b-v5p.yaml --topology v5p:2x2x2\n"
+        "  main-jax plan configs/own_data.yaml --topology v5e:4x4 --slices 2 --mesh.data 2\n"
+        "  main-jax plan configs/llama-2-7b-8xh100.yaml --topology h100:8 --stages score finetune\n\n"
+        "Every program of the run is compiled ahead of time, without the machine: it needs the tpu or the\n"
+        "gpu extra, no weights and no data. Exit code 1 where something does not fit; what would is said.",
+    )
+    plan.usage = f"{plan.prog} CONFIG.yaml --topology NAME [options] [--a.b VALUE ...]"
+    plan.add_argument("config", metavar="CONFIG", help="YAML file")
+    plan.add_argument(
+        "--topology", required=True, metavar="NAME",
+        help="a TPU slice (v5p:2x2x2, v5e:4x4) or GPUs (h100:8; h100:4x8: 4 hosts)",
+    )  # fmt: skip
+    plan.add_argument("--slices", type=processes.positive, metavar="N", help="so many TPU slices")
+    plan.add_argument(
+        "--stages", nargs="+", choices=("align", "augment", "score", "finetune"), default=(),
+        help="only these",
+    )  # fmt: skip
+    for name, text in {
+        "seed-pairs": "how many (3,200)",
+        "responses": "how many (502,000)",
+        "instruction-tokens": "mean length (50)",
+        "response-tokens": "mean length (375)",
+    }.items():
+        plan.add_argument(
+            f"--{name}", type=processes.positive, metavar="N",
+            help=f"{text}; default: of the configured file, where it is here",
+        )  # fmt: skip
+    plan.add_argument("--no-suggestion", action="store_true", help="do not look for what fits")
+    plan.add_argument("--output", metavar="FILE", help="also write the numbers as JSON")
 
     launcher = verb(
         "launch",

@@ -43,13 +43,36 @@ def find_model(name: str, key: str) -> str:
         return str(found)
     if name and found.exists():
         raise UserError(f"{key}: {name}: is a file, expected a checkpoint directory")
+    return _fetch(name, *_repo(name, key), key)
+
+
+def find_config(name: str, key: str) -> str:
+    """A folder with the model's config.json, without its weights: what `find_model` gives, or from the hub.
+
+    Raises UserError, one line that names the argument `key`.
+    """
+    if not name or Path(expanduser(name)).exists():
+        return find_model(name, key)
+    from huggingface_hub import hf_hub_download
+
+    repo, revision = _repo(name, key)
+    try:
+        return str(Path(hf_hub_download(repo, "config.json", revision=revision)).parent)
+    except Exception as error:  # of the hub, of its HTTP client
+        raise UserError(
+            f"{key}: {name}: the hub does not give its config.json ({one_line(error)[:120]}); give a folder"
+        ) from None
+
+
+def _repo(name: str, key: str) -> tuple[str, str | None]:
+    """The repository and the revision of a hub name. Raises UserError."""
     match = NAME.fullmatch(name)
     if not match or not _is_legal(match[1]):
         raise UserError(
             f"{key}: {name}: no such directory; give a local Hugging Face checkpoint "
             "or a hub name such as meta-llama/Llama-2-7b-hf"
         )
-    return _fetch(name, match[1], match[2], key)
+    return match[1], match[2]
 
 
 def _is_legal(repo: str) -> bool:

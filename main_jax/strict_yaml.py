@@ -2,7 +2,8 @@
 
     config = load_config(Config, "configs/own_data.yaml", ["--align.rounds", "2"])
 
-An unknown key names its nearest match, a wrong type says what was expected, both with the dotted key.
+A file may say `extends: other.yaml` and then only what differs. An unknown key names its nearest match,
+a wrong type says what was expected, both with the dotted key.
 Other tools' spellings (`ALIASES`) are mapped.
 """
 
@@ -42,16 +43,7 @@ def load_config(cls: type[T], path: str | None, overrides: Sequence[str] = ()) -
 
     Raises UserError, one line.
     """
-    values: Any = {}
-    if path is not None:
-        if not Path(path).is_file():
-            raise UserError(f"{path}: no such config file")
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, ValueError) as error:
-            raise UserError(f"{path}: not valid YAML: {_one_line(error)}") from None
-        if not isinstance(values, dict):
-            raise UserError(f"{path}: expected a mapping of keys, found {type(values).__name__}")
+    values = {} if path is None else _read(Path(path))
     for key, value in parse_overrides(overrides):
         _set(values, key, value)
     source = path or "command line"
@@ -59,6 +51,33 @@ def load_config(cls: type[T], path: str | None, overrides: Sequence[str] = ()) -
         return _build(cls, values, "")
     except ValueError as error:
         raise UserError(f"{source}: {_one_line(error)}") from None
+
+
+def _read(path: Path, extended_by: tuple[Path, ...] = ()) -> dict:
+    """The keys of a file, over those of the file that it `extends`. Raises UserError."""
+    if not path.is_file():
+        by = f" (which {extended_by[-1]} extends)" if extended_by else ""
+        raise UserError(f"{path}: no such config file{by}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path}: not valid YAML: {_one_line(error)}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping of keys, found {type(values).__name__}")
+    if "extends" not in values:
+        return values
+    name = values.pop("extends")
+    if not isinstance(name, str):
+        raise UserError(f"{path}: extends: expected a file, relative to this one, found {name!r}")
+    if path.resolve() in extended_by:
+        raise UserError(f"{path}: extends itself")
+    return _over(_read(path.parent / name, (*extended_by, path.resolve())), values)
+
+
+def _over(base: dict, values: dict) -> dict:
+    """`values` over `base`, section by section."""
+    both = {k for k in values if isinstance(values[k], dict) and isinstance(base.get(k), dict)}
+    return base | {k: _over(base[k], v) if k in both else v for k, v in values.items()}
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, Any]]:

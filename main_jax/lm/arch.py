@@ -124,21 +124,18 @@ class DecoderConfig:
         return (1 - keep) * frequencies / factor + keep * frequencies
 
 
-# Architectures as published; sources: config.json of the repository named beside each.
+# Architectures as published; sources: config.json of the repositories in `PUBLISHED`.
 PRESETS = {
-    # meta-llama/Llama-2-7b-hf, -13b-hf
     "llama-2-7b": DecoderConfig(
         32000, 4096, 11008, 32, 32, 32, 128, max_position_embeddings=4096, rms_norm_eps=1e-5
     ),
     "llama-2-13b": DecoderConfig(
         32000, 5120, 13824, 40, 40, 40, 128, max_position_embeddings=4096, rms_norm_eps=1e-5
     ),
-    # meta-llama/Llama-3.1-8B
     "llama-3.1-8b": DecoderConfig(
         128256, 4096, 14336, 32, 32, 8, 128, max_position_embeddings=131072, rms_norm_eps=1e-5,
         rope_theta=5e5, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 8192),
     ),
-    # mistralai/Mistral-7B-v0.1, -v0.3
     "mistral-7b-v0.1": DecoderConfig(
         32000, 4096, 14336, 32, 32, 8, 128, max_position_embeddings=32768, rms_norm_eps=1e-5,
         sliding_window=4096,
@@ -147,7 +144,6 @@ PRESETS = {
         32768, 4096, 14336, 32, 32, 8, 128, max_position_embeddings=32768, rms_norm_eps=1e-5,
         rope_theta=1e6,
     ),
-    # Qwen/Qwen2.5-0.5B, -7B
     "qwen2.5-0.5b": DecoderConfig(
         151936, 896, 4864, 24, 14, 2, 64, max_position_embeddings=32768, rope_theta=1e6,
         qkv_bias=True, tie_word_embeddings=True,
@@ -156,9 +152,20 @@ PRESETS = {
         152064, 3584, 18944, 28, 28, 4, 128, max_position_embeddings=131072, rope_theta=1e6,
         qkv_bias=True,
     ),
-    # Qwen/Qwen3-8B
     "qwen3-8b": DecoderConfig(
         151936, 4096, 12288, 36, 32, 8, 128, max_position_embeddings=40960, rope_theta=1e6,
         qk_norm=True,
     ),
 }  # fmt: skip
+
+# Repositories on the hub -> what they hold.
+PUBLISHED = {
+    "meta-llama/Llama-2-7b-hf": "llama-2-7b",
+    "meta-llama/Llama-2-13b-hf": "llama-2-13b",
+    "meta-llama/Llama-3.1-8B": "llama-3.1-8b",
+    "mistralai/Mistral-7B-v0.1": "mistral-7b-v0.1",
+    "mistralai/Mistral-7B-v0.3": "mistral-7b-v0.3",
+    "Qwen/Qwen2.5-0.5B": "qwen2.5-0.5b",
+    "Qwen/Qwen2.5-7B": "qwen2.5-7b",
+    "Qwen/Qwen3-8B": "qwen3-8b",
+}

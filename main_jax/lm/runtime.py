@@ -19,6 +19,7 @@ from pathlib import Path
 
 from main_jax.lm import progress
 from main_jax.lm.rendezvous import StartError, meet, split
+from main_jax.lm.topology import GPU_MEMORY_SHARE
 
 SHUTDOWN_TIMEOUT_S = 3600
 """A process that is done waits for the others to be done, however long they write: a lost one shows by
@@ -59,6 +60,8 @@ def initialize(
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Of a GPU's memory JAX takes 75 % by itself; what is left is for cuDNN, NCCL and CUDA.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_SHARE))
     if distributed is not None and distributed.coordinator is not None:
         # JAX ends a process that cannot join with an abort and a C++ trace. So: before JAX, by ourselves.
         assert distributed.num_processes is not None and distributed.process_id is not None

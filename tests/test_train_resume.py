@@ -4,8 +4,10 @@ A kill is an exception out of the training step: whatever was not on disk by the
 share one compiled step.
 """
 
+import dataclasses
 import json
 import math
+import shutil
 
 import jax
 import numpy as np
@@ -14,7 +16,7 @@ from tiny_decoder import DECODER, drawn_params, example, fresh, slow_nll
 
 import main_jax.lm.train as train
 from main_jax.lm.batches import Shape, Unit, UnitStream
-from main_jax.lm.checkpoint import Checkpoints, load_params
+from main_jax.lm.checkpoint import BestParams, Checkpoints, load_params
 from main_jax.lm.step import train_step
 from main_jax.lm.train import MetricsLog, TrainingDiverged, TrainingSettings, fit, mean_nll
 from main_jax.weighting import Weighting
@@ -33,8 +35,8 @@ SHAPE = Shape(4, 32, 4)
 SEED = 11
 
 
-def drawn_units(n=5):
-    rng = np.random.default_rng(0)
+def drawn_units(n=5, seed=0):
+    rng = np.random.default_rng(seed)
     units = []
     for _ in range(n):
         target = rng.integers(0, 61, rng.integers(2, 8))
@@ -194,6 +196,186 @@ def test_an_interrupted_metrics_file_is_repaired(tmp_path):
 def test_no_units_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="nothing to train on"):
         run(tmp_path, units=[])
+
+
+# ------------------------------------------------------------------------------------ which are kept
+
+
+KEEP_BEST = dataclasses.replace(
+    SETTINGS, learning_rate=0.05, eval_steps=1, load_best_model_at_end=True
+)
+# On these the loss falls until step 3, rises, is lowest at 5 and rises again: saves are at 3 and 6.
+OTHERS = [e for unit in drawn_units(3, seed=7) for e in unit.examples]
+LOWEST = 5
+
+
+def run_best(directory, settings=KEEP_BEST, **how):
+    run(directory, settings=settings, **dict(validation=OTHERS) | how)
+
+
+def kill_at(monkeypatch, owner, name, call, after=False):
+    """Raise at the given call (from 1) of a function, before or after it has done its work."""
+    real, calls = getattr(owner, name), []
+
+    def killing(*arguments, **named):
+        calls.append(name)
+        if len(calls) == call and not after:
+            raise Killed
+        result = real(*arguments, **named)
+        if len(calls) == call:
+            raise Killed
+        return result
+
+    monkeypatch.setattr(owner, name, killing)
+
+
+def left(directory):
+    """What lies in a training's directory, and the steps there."""
+    return {
+        p.name: sorted(int(q.name) for q in p.iterdir()) for p in directory.iterdir() if p.is_dir()
+    }
+
+
+def evaluations(directory):
+    """The log's evaluations by step, and its last line."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    name = "validation_nll_nats_per_token"
+    return {line["step"]: line[name] for line in lines if name in line}, lines[-1]
+
+
+@pytest.fixture(scope="module")
+def best(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("best")
+    run_best(directory)
+    return directory
+
+
+def test_the_best_evaluated_step_wins(best, tmp_path, monkeypatch):
+    """The parameters are those that another training has when it stops there."""
+    found, last = evaluations(best)
+    assert list(found) == list(range(1, STEPS + 1))
+    assert min(found, key=found.__getitem__) == LOWEST and found[4] > found[3] > found[LOWEST]
+    assert last == {
+        "step": STEPS, "best_step": LOWEST, "best_validation_nll_nats_per_token": found[LOWEST],
+    }  # fmt: skip
+    assert left(best) == {"checkpoints": [STEPS]}
+    plain = dataclasses.replace(KEEP_BEST, load_best_model_at_end=False, save_steps=LOWEST)
+    kill_after(monkeypatch, LOWEST + 1)
+    with pytest.raises(Killed):
+        run_best(tmp_path, plain)
+    assert latest(tmp_path) == LOWEST
+    assert results(tmp_path)[0] == results(best)[0]
+
+
+@pytest.mark.parametrize(
+    "kills",
+    [
+        [(train, "train_step", 3)],
+        [(train, "train_step", 4)],
+        [(train, "train_step", 6)],
+        [(train, "train_step", 7)],
+        [(train, "train_step", 6), (train, "train_step", 1), (train, "train_step", 4)],
+        [(BestParams, "offer", 3, True)],  # before any checkpoint
+        [(Checkpoints, "save_params", 4), (Checkpoints, "save_params", 1, True)],
+        [(Checkpoints, "save", 1), (Checkpoints, "save", 2), (Checkpoints, "save", 1, True)],
+        [(BestParams, "restore", 1)],
+        [(Checkpoints, "save_params", 5)],
+        [(Checkpoints, "save_params", 5, True)],
+        [(train, "finish", 1)],
+    ],
+    ids=lambda kills: " ".join(f"{name}-{call}" for _, name, call, *_ in kills),
+)
+def test_killed_and_resumed_has_the_same_best(kills, best, tmp_path):
+    for kill in kills:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            kill_at(patch, *kill)
+            run_best(tmp_path)
+    run_best(tmp_path)
+    assert results(tmp_path) == results(best)
+    assert left(tmp_path) == {"checkpoints": [STEPS]}
+
+
+def test_what_a_checkpoint_names_as_best_is_kept(best, tmp_path, monkeypatch):
+    """On another mesh rounding may take away what was better after the checkpoint, and is on disk too."""
+    kill_after(monkeypatch, LOWEST)
+    with pytest.raises(Killed):
+        run_best(tmp_path)
+    assert left(tmp_path) == {"checkpoints": [SAVE], "best": [SAVE, LOWEST]}
+    found, _ = evaluations(best)
+    monkeypatch.setattr(train, "train_step", train_step)
+    monkeypatch.setattr(train, "mean_nll", lambda *_: found[SAVE])  # and the first of equals wins
+    run_best(tmp_path)
+    assert evaluations(tmp_path)[1]["best_step"] == SAVE
+    monkeypatch.undo()
+    plain = dataclasses.replace(KEEP_BEST, load_best_model_at_end=False)
+    kill_after(monkeypatch, SAVE + 1)
+    with pytest.raises(Killed):
+        run_best(tmp_path / "stopped", plain)
+    assert results(tmp_path)[0] == results(tmp_path / "stopped")[0]
+
+
+def test_the_newest_n_are_kept_and_any_of_them_continues(best, tmp_path, monkeypatch):
+    settings = dataclasses.replace(KEEP_BEST, save_steps=1, save_total_limit=2)
+    kill_after(monkeypatch, LOWEST)
+    with pytest.raises(Killed):
+        run_best(tmp_path, settings)
+    assert left(tmp_path) == {"checkpoints": [LOWEST - 1, LOWEST], "best": [SAVE, LOWEST]}
+    found, _ = evaluations(best)
+    with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.position(LOWEST - 1) == {
+            "step": LOWEST - 1,
+            "data": {"seed": SEED, "units": len(UNITS), "units_per_step": 2},
+            "best": {"step": SAVE, "nll": found[SAVE]},
+        }
+        assert checkpoints.position(LOWEST)["best"] == {"step": LOWEST, "nll": found[LOWEST]}
+    shutil.rmtree(tmp_path / "checkpoints" / str(LOWEST))
+    monkeypatch.undo()
+    run_best(tmp_path, settings)
+    assert results(tmp_path) == results(best)
+    assert left(tmp_path) == {"checkpoints": [STEPS]}
+
+
+def test_what_a_kill_left_half_deleted_does_no_harm(best, tmp_path, monkeypatch):
+    kill_after(monkeypatch, LOWEST)
+    with pytest.raises(Killed):
+        run_best(tmp_path)
+    for whole, half, lost in (
+        ("checkpoints/3", "checkpoints/1", "position"),
+        ("checkpoints/3", "checkpoints/2", "position/metadata"),
+        (f"best/{LOWEST}", "best/2", "params"),
+    ):
+        shutil.copytree(tmp_path / whole, tmp_path / half)
+        path = tmp_path / half / lost
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    monkeypatch.undo()
+    run_best(tmp_path)
+    assert results(tmp_path) == results(best)
+    assert left(tmp_path) == {"checkpoints": [STEPS]}
+
+
+def test_the_best_needs_evaluations(tmp_path):
+    with pytest.raises(ValueError, match="set eval_steps"):
+        dataclasses.replace(KEEP_BEST, eval_steps=None)
+    with pytest.raises(ValueError, match=r"tiny: .* set data\.validation_share"):
+        run_best(tmp_path, validation=())
+    assert left(tmp_path) == {}
+
+
+def test_without_any_finite_evaluation_the_last_step_is_left(undisturbed, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "mean_nll", lambda *_: math.nan)
+    run(tmp_path, settings=dataclasses.replace(SETTINGS, load_best_model_at_end=True))
+    assert results(tmp_path)[0] == results(undisturbed)[0]
+    assert left(tmp_path) == {"checkpoints": [STEPS]}
+
+
+def test_a_checkpoint_of_other_data_is_refused(tmp_path, monkeypatch):
+    kill_after(monkeypatch, SAVE)
+    with pytest.raises(Killed):
+        run(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"tiny: the checkpoint of step 3 .*'units': 5.*'units': 4"
+    ):
+        run(tmp_path, units=UNITS[:4])
 
 
 # ---------------------------------------------------------------------------------------- divergence

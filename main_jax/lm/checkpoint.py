@@ -1,4 +1,4 @@
-"""Training checkpoints (Orbax): params | optimiser | weighting | JSON, atomic, newest kept.
+"""Training checkpoints (Orbax): params | optimiser | weighting | JSON, atomic, the newest kept.
 
 A checkpoint of an unfinished training holds everything a bit-for-bit continuation needs; the last one of
 a finished training holds the parameters alone.
@@ -6,8 +6,9 @@ a finished training holds the parameters alone.
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
+import math
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +18,16 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from main_jax.lm.model import Decoder
-from main_jax.lm.sharding import abstract_like_params
-from main_jax.lm.step import TrainState
+from main_jax.lm.step import TrainState, abstract_params
 from main_jax.lm.weights import CheckpointError, one_line
 
 PARTS = ("params", "opt_state", "weighting")
+
+
+def _absolute(directory: epath.PathLike) -> epath.Path:
+    """As Orbax wants it; `absolute` would take gs://bucket for a local name."""
+    path = epath.Path(directory)
+    return path if "://" in str(directory) else path.absolute()
 
 
 class _Manager(ocp.CheckpointManager):
@@ -36,7 +42,8 @@ class Checkpoints:
     """The checkpoints of one training, in one directory. Use as a context manager.
 
     `concurrent_bytes` bounds what a save holds on the host at a time; it must exceed the largest array.
-    `read_only` leaves alone what another process may just be saving.
+    `keep` is how many stay, the newest; None: all. `read_only` leaves alone what another process may just
+    be saving, and does not wait for others: each of several processes reads when it likes.
     """
 
     def __init__(
@@ -44,24 +51,31 @@ class Checkpoints:
         directory: epath.PathLike,
         concurrent_bytes: int = 96 * 10**9,
         *,
+        keep: int | None = 1,
         read_only: bool = False,
     ):
         limit: Any = concurrent_bytes / 10**9
-        writing = ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True)
-        reading = ocp.CheckpointManagerOptions(read_only=True, create=False)
+        writing = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(), active_processes={jax.process_index()}
+        )
+        reading = ocp.CheckpointManagerOptions(
+            read_only=True, create=False, multiprocessing_options=alone
+        )
         self._manager = _Manager(
-            epath.Path(directory).absolute(),
+            _absolute(directory),
             options=reading if read_only else writing,
             item_handlers={
                 p: ocp.StandardCheckpointHandler(save_concurrent_gb=limit) for p in PARTS
-            },
+            }
+            | {"position": ocp.JsonCheckpointHandler()},
         )
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, *exc) -> None:
-        self._manager.wait_until_finished()
+        self.wait()
         self._manager.close()
 
     @property
@@ -69,25 +83,31 @@ class Checkpoints:
         """The newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState) -> None:
-        """Saves the whole state, asynchronously."""
+    def wait(self) -> None:
+        """Until what was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def save(self, step: int, state: TrainState, position: Mapping[str, Any] | None = None) -> None:
+        """Saves the whole state, asynchronously; `position` is what JSON can say of it beside the step."""
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(state.params),
                 opt_state=ocp.args.StandardSave(state.opt_state),
                 weighting=ocp.args.StandardSave(state.weighting),
+                position=ocp.args.JsonSave({"step": step, **(position or {})}),
             ),
         )
 
     def save_params(self, step: int, params: Any) -> None:
-        """Saves the parameters of a finished training."""
+        """Saves parameters alone, asynchronously."""
         self._manager.save(step, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))
 
-    def keep_only(self, step: int) -> None:
-        """Removes what a kill right after the last save has left beside it."""
+    def keep_only(self, *steps: int) -> None:
+        """Removes all others, once what was saved is on disk."""
+        self.wait()
         for other in self._manager.all_steps():
-            if other != step:
+            if other not in steps:
                 self._manager.delete(other)
 
     def restore(self, step: int, like: TrainState) -> TrainState:
@@ -102,19 +122,86 @@ class Checkpoints:
         )
         return TrainState(parts.params, parts.opt_state, parts.weighting)
 
-    def restore_params(self, step: int, decoder: Decoder) -> Any:
-        """The parameters of `step` alone."""
-        shapes = jax.eval_shape(decoder.init, jax.random.key(0))
-        abstract = abstract_like_params(shapes, decoder.config)
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
+    def position(self, step: int) -> dict[str, Any]:
+        """What was saved as the `position` of `step`, and the step."""
+        args = ocp.args.Composite(position=ocp.args.JsonRestore())
+        parts: Any = self._manager.restore(step, args=args)
+        return parts.position
+
+    def positions(self) -> list[dict[str, Any]]:
+        """Those of all checkpoints, once what was saved is on disk."""
+        self.wait()
+        found = []
+        for step in self._manager.all_steps():
+            with suppress(KeyError, FileNotFoundError):  # an old one that a kill left half deleted
+                found.append(self.position(step))
+        return found
+
+    def restore_params(self, step: int, decoder: Decoder, *, inference: bool = False) -> Any:
+        """The parameters of `step` alone; for inference in `decoder.inference_dtype`."""
+        wanted = abstract_params(decoder, inference=inference)
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(wanted))
         parts: Any = self._manager.restore(step, args=args)
         return parts.params
 
 
-def load_params(directory: epath.PathLike, decoder: Decoder) -> Any:
-    """The newest parameters under `directory`. Raises CheckpointError where none can be read."""
+class BestParams:
+    """The parameters of the best evaluated step so far, in a directory of their own. A context manager.
+
+    Every checkpoint names the step that was best by then: its parameters must be on disk before the
+    checkpoint is, and stay as long as it does. What was better since then a continued training finds again.
+    So one save, of either kind, is under way at a time.
+
+        best = BestParams(directory, checkpoints, named)    # named: by the checkpoint to continue from
+        best.offer(step, nll, params)
+        checkpoints.save(step, state, {"best": best.named()})
+    """
+
+    def __init__(
+        self, directory: epath.PathLike, checkpoints: Checkpoints, named: Mapping[str, Any] | None
+    ):
+        self.step: int = named["step"] if named else 0  # 0: none yet
+        self.nll: float = named["nll"] if named else math.inf
+        self._checkpoints, self._kept = checkpoints, Checkpoints(directory, keep=None)
+        self._keep_named()
+
+    def __enter__(self) -> BestParams:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._kept.__exit__(*exc)
+
+    def offer(self, step: int, nll: float, params: Any) -> None:
+        """Keeps the parameters where their NLL is lower than any before."""
+        if nll < self.nll:
+            self.step, self.nll = step, nll
+            self._keep_named()
+            self._kept.save_params(step, params)
+
+    def _keep_named(self) -> None:
+        found = [position["best"] for position in self._checkpoints.positions()]
+        self._kept.keep_only(*(best["step"] for best in found if best))
+
+    def named(self) -> dict[str, Any] | None:
+        """What the checkpoint that is saved next is to say."""
+        self._kept.wait()
+        return {"step": self.step, "nll": self.nll} if self.step else None
+
+    def restore(self, decoder: Decoder) -> Any:
+        """The best parameters; there must have been some."""
+        self._kept.wait()
+        return self._kept.restore_params(self.step, decoder)
+
+
+def load_params(directory: epath.PathLike, decoder: Decoder, *, inference: bool = False) -> Any:
+    """The newest parameters under `directory`, in float32, or as `decoder.inference_dtype` says.
+
+    Each of several processes reads what its own devices hold, and no one waits for another. Raises
+    CheckpointError where none can be read.
+    """
     with _readable(directory), Checkpoints(directory, read_only=True) as checkpoints:
-        return checkpoints.restore_params(_newest(checkpoints, directory), decoder)
+        step = _newest(checkpoints, directory)
+        return checkpoints.restore_params(step, decoder, inference=inference)
 
 
 def _newest(checkpoints: Checkpoints, directory: epath.PathLike) -> int:
@@ -177,7 +264,7 @@ def stored_params(directory: epath.PathLike) -> dict[str, Any]:
     with _readable(directory):
         with Checkpoints(directory, read_only=True) as checkpoints:
             step = _newest(checkpoints, directory)
-        folder, held = epath.Path(directory).absolute() / str(step) / "params", {}
+        folder, held = _absolute(directory) / str(step) / "params", {}
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             tree = checkpointer.metadata(folder).item_metadata.tree
         return jax.tree_util.tree_map_with_path(

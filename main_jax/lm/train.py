@@ -2,7 +2,8 @@
 
     fit(decoder, load_base, units, settings, directory=..., weighting=...)
 
-The batch of a step is a pure function of the step number, so a checkpoint needs no data state.
+The batch of a step is a pure function of the data, the seed and the step number: these are all that a
+checkpoint says of the position in the data.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +22,7 @@ import optax
 from etils import epath
 
 from main_jax.lm.batches import Example, Shape, Unit, UnitStream, pack_table
-from main_jax.lm.checkpoint import Checkpoints
+from main_jax.lm.checkpoint import BestParams, Checkpoints
 from main_jax.lm.loss import example_nll
 from main_jax.lm.model import Decoder
 from main_jax.lm.multihost import Preempted, first, stop_asked
@@ -44,6 +46,9 @@ class TrainingSettings:
     min_learning_rate_ratio: where the linear or cosine schedule ends, as a share of learning_rate.
     loss_normalization: `example` divides by Σ w_i, `token` by Σ w_i·(target tokens).
     save_steps, logging_steps, eval_steps: in optimiser steps; eval_steps null: only at the end.
+    save_total_limit: checkpoints of an unfinished training that are kept, the newest.
+    load_best_model_at_end: end with the parameters of the evaluated step whose validation NLL is lowest (the
+        first such step); needs eval_steps and validation data.
     """
 
     learning_rate: float = 1e-5
@@ -64,6 +69,8 @@ class TrainingSettings:
     save_steps: int = 200
     logging_steps: int = 10
     eval_steps: int | None = None
+    save_total_limit: int = 1
+    load_best_model_at_end: bool = False
 
     def steps(self, num_units: int) -> int:
         """Optimiser steps for a data set of `num_units`."""
@@ -82,6 +89,8 @@ class TrainingSettings:
                 f"train_batch_size {self.train_batch_size} must be a multiple of "
                 f"gradient_accumulation_steps {self.gradient_accumulation_steps}"
             )
+        if self.load_best_model_at_end and not self.eval_steps:
+            raise ValueError("load_best_model_at_end chooses among evaluations; set eval_steps")
 
     def optimizer(self) -> Optimizer:
         """The part that is compiled into the step."""
@@ -131,7 +140,7 @@ def fit(
         load_params: gives the initial parameters; called only when no checkpoint exists. Donated.
         units: training data.
         settings: hyperparameters.
-        directory: gets `checkpoints/` and `metrics.jsonl`.
+        directory: gets `checkpoints/` and `metrics.jsonl`, and until the end perhaps `best/`.
         weighting: per-example weights.
         seed: of the data order.
         label: what the progress bar and errors call this training.
@@ -143,15 +152,29 @@ def fit(
     Raises:
         TrainingDiverged: a loss or gradient was not finite; the last good checkpoint stays.
         Preempted: the program was asked to stop; the step that it stopped at is saved.
-        ValueError: no units.
+        ValueError: no units; no validation to choose by; a checkpoint that was written with other data.
     """
+    if settings.load_best_model_at_end and not validation:
+        raise ValueError(
+            f"{label}: load_best_model_at_end chooses by validation data and there is none; "
+            "set data.validation_share"
+        )
     directory = epath.Path(directory)
     steps = settings.steps(len(units))
-    with Checkpoints(directory / "checkpoints") as checkpoints:
+    with ExitStack() as stack:
+        checkpoints = stack.enter_context(
+            Checkpoints(directory / "checkpoints", keep=settings.save_total_limit)
+        )
         start = checkpoints.latest_step or 0
         if start >= steps:
-            checkpoints.keep_only(start)
+            finish(checkpoints, start, directory / "best")
             return
+        data = {"seed": seed, "units": len(units), "units_per_step": settings.train_batch_size}
+        position = checkpoints.position(start) if start else {"data": data, "best": None}
+        if position["data"] != data:
+            raise ValueError(
+                f"{label}: the checkpoint of step {start} has seen {position['data']}, not {data}"
+            )
         stream = UnitStream(
             units,
             units_per_microbatch=settings.units_per_microbatch,
@@ -170,6 +193,10 @@ def fit(
             state = checkpoints.restore(start, abstract_state(decoder, optimizer, weighting))
         else:
             state = init_state(load_params(), decoder.config, optimizer, weighting)
+        best = None
+        if settings.load_best_model_at_end:
+            kept = BestParams(directory / "best", checkpoints, position["best"])
+            best = stack.enter_context(kept)
         log = MetricsLog(directory / "metrics.jsonl", keep_steps=start)
         with track(label, steps, "steps", start) as bar:
             for step in range(start, steps):
@@ -184,8 +211,10 @@ def fit(
                 if validation and (
                     done == steps or (settings.eval_steps and done % settings.eval_steps == 0)
                 ):
-                    log.add(done, {"validation_nll_nats_per_token": mean_nll(
-                        decoder, state.params, validation, limit)})  # fmt: skip
+                    nll = mean_nll(decoder, state.params, validation, limit)
+                    log.add(done, {"validation_nll_nats_per_token": nll})
+                    if best:
+                        best.offer(done, nll, state.params)
                 note = ""
                 # Before the checkpoint: what is not on disk by then, a resumed run would not log again.
                 if done % settings.logging_steps == 0 or done % settings.save_steps == 0:
@@ -194,12 +223,25 @@ def fit(
                 if stop:
                     log.flush(label)
                 if done < steps and (stop or done % settings.save_steps == 0):
-                    checkpoints.save(done, state)
+                    named = best.named() if best else None
+                    checkpoints.save(done, state, {"data": data, "best": named})
                 bar.advance(note=note)
                 if stop:
                     raise Preempted(f"{label}: stopped at step {done} of {steps}")
+        params = state.params
+        if best and best.step:
+            log.add(steps, {"best_step": best.step, "best_validation_nll_nats_per_token": best.nll})
+            params = best.restore(decoder)
         log.flush(label)
-        checkpoints.save_params(steps, state.params)
+        checkpoints.save_params(steps, params)
+        finish(checkpoints, steps, directory / "best")
+
+
+def finish(checkpoints: Checkpoints, step: int, best: epath.Path) -> None:
+    """Leaves the final parameters alone, whatever is or was left beside them."""
+    checkpoints.keep_only(step)
+    if first() and best.exists():
+        best.rmtree()
 
 
 def mean_nll(
@@ -217,20 +259,24 @@ def mean_nll(
 class MetricsLog:
     """`metrics.jsonl`: one line per step, read from the device only when flushed.
 
-    `keep_steps` drops what an interrupted run had logged past its last checkpoint.
+    The file is written whole each time: object stores do not append. `keep_steps` drops what an interrupted
+    run had logged past its last checkpoint.
     """
 
     def __init__(self, path: epath.Path, keep_steps: int):
         self._path, self._pending = path, []
-        if not first():
-            return
-        lines = path.read_text().splitlines() if path.exists() else []
-        complete = [line for line in lines if line.endswith("}")]
-        kept = [line for line in complete if json.loads(line)["step"] <= keep_steps]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.parent / f".{path.name}.tmp"
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.replace(path)
+        self._lines: list[str] = []
+        if first():
+            lines = path.read_text().splitlines() if path.exists() else []
+            complete = [line for line in lines if line.endswith("}")]
+            self._lines = [line for line in complete if json.loads(line)["step"] <= keep_steps]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._write()
+
+    def _write(self) -> None:
+        temporary = self._path.parent / f".{self._path.name}.tmp"
+        temporary.write_text("".join(line + "\n" for line in self._lines))
+        temporary.replace(self._path)
 
     def add(self, step: int, metrics: dict) -> None:
         """Remembers a step's metrics, still on the device."""
@@ -238,9 +284,9 @@ class MetricsLog:
 
     def flush(self, label: str) -> float:
         """Writes what is pending; returns the last loss. Raises TrainingDiverged."""
-        loss, lines = math.nan, []
+        loss = math.nan
         for step, metrics in jax.device_get(self._pending):
-            values = {name: float(value) for name, value in metrics.items()}
+            values = {name: np.asarray(value).item() for name, value in metrics.items()}
             loss = values.get("loss_nats", loss)
             for name in ("loss_nats", "grad_norm"):
                 if name in values and not math.isfinite(values[name]):
@@ -249,9 +295,8 @@ class MetricsLog:
                         " look at the data of that step; the last good checkpoint is kept"
                     )
             shown = {k: v if math.isfinite(v) else None for k, v in values.items()}
-            lines.append(json.dumps({"step": step} | shown) + "\n")
+            self._lines.append(json.dumps({"step": step} | shown))
         if first():
-            with self._path.open("a") as file:
-                file.write("".join(lines))
+            self._write()
         self._pending = []
         return loss

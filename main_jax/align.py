@@ -48,6 +48,9 @@ def align(run: Run, out: epath.Path) -> dict[str, int]:
             progress=lambda step: ((number - 1) * steps + step) / (rounds * steps) if number else 0.0,
         )  # fmt: skip
 
+    def ended(part: str, direction: Direction) -> Any:
+        return load_params(trained_at(out, part, direction), base.decoder)
+
     counts = {"seed_pairs": len(seed_rows)}
     for direction in Direction:
         units = pair_units(seed_rows, direction, prompt)
@@ -62,7 +65,7 @@ def align(run: Run, out: epath.Path) -> dict[str, int]:
             start = (
                 base.load
                 if settings.restart == "base"
-                else lambda k=k, d=direction: trained(out, f"round-{k - 1}", d, base).params
+                else lambda k=k, d=direction: ended(f"round-{k - 1}", d)
             )
             train(f"round-{k}/{direction}", direction, units, start, settings, k)
     if settings.control:
@@ -70,14 +73,15 @@ def align(run: Run, out: epath.Path) -> dict[str, int]:
         units = pair_units(seed_rows, Direction.REVERSE, prompt)
         steps = settings.rounds * settings.steps(len(units))
         train("control/reverse", Direction.REVERSE, units,
-              lambda: trained(out, "round-0", Direction.REVERSE, base).params,
+              lambda: ended("round-0", Direction.REVERSE),
               dataclasses.replace(settings, max_steps=max(1, steps)))  # fmt: skip
     return counts
 
 
 def trained(out: epath.Path, part: str, direction: Direction, base: Checkpoint) -> LanguageModel:
     """The model of one direction at the end of a part of the stage: `round-0`, ..., or `control`."""
-    return LanguageModel(base.decoder, load_params(trained_at(out, part, direction), base.decoder))
+    directory = trained_at(out, part, direction)
+    return LanguageModel(base.decoder, load_params(directory, base.decoder, inference=True))
 
 
 def trained_at(out: epath.Path, part: str, direction: Direction) -> epath.Path:
@@ -106,11 +110,11 @@ def write_conditions(
             row["drop_reason"] = rendered.drop_reason
         return written
 
-    return write_chunks(
+    return list(write_chunks(
         run, out / name, [row | {"origin": "aligned", "round": k} for row in rows], writes,
         lambda: trained(out, f"round-{writer_round}", writes, run.base), run.config.align.sampling,
         purpose=f"align/{name}", label=f"align {name}", finish=drop_unfit,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def pair_units(

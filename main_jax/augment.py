@@ -13,9 +13,9 @@ from typing import NamedTuple
 from etils import epath
 
 from main_jax.lm.generate import Sampling, generate
-from main_jax.lm.progress import track
+from main_jax.lm.sharding import use_mesh
 from main_jax.models import LanguageModel
-from main_jax.pairs import joined_instruction, map_chunks, rows_done
+from main_jax.pairs import Rows, joined_instruction, map_chunks
 from main_jax.prompts import Direction, Prompt
 from main_jax.run import Run, derive_seed
 
@@ -102,7 +102,7 @@ def write_side(
 def write_chunks(
     run: Run,
     out: epath.Path,
-    rows: Sequence[dict],
+    rows: Sequence[dict] | Rows,
     direction: Direction,
     load: Callable[[], LanguageModel],
     sampling: Sampling,
@@ -110,15 +110,17 @@ def write_chunks(
     purpose: str,
     label: str,
     finish: Callable[[list[dict]], list[dict]] = lambda rows: rows,
-) -> list[dict]:
+) -> Rows:
     """`write_side` in committed chunks under `out/data`, with a progress bar; resumes.
+
+    Each of several processes writes chunks of its own, with a model of its own on its own devices.
 
     Args:
         run: gives the template, the chunk size and the seed.
         out: where `data/part-*.parquet` go.
         rows: see `write_side`.
         direction: which side is written.
-        load: gives the writer; called only when a chunk is missing.
+        load: gives the writer; called only when a chunk is missing, with the mesh for it set.
         sampling: how tokens are drawn.
         purpose: what the seed is derived for.
         label: what the bar is called.
@@ -127,12 +129,11 @@ def write_chunks(
     load, runtime = cache(load), run.config.runtime
     seed = derive_seed(run.config.seed, purpose)
 
-    def write(chunk: Sequence[dict]) -> list[dict]:
-        return finish(write_side(
-            chunk, direction, load(), run.prompt, sampling,
-            seed=seed, batch_size=runtime.generation_batch_size, on_done=bar.advance,
-        ))  # fmt: skip
+    def write(chunk: Sequence[dict], advance: Callable[[int], None]) -> list[dict]:
+        with use_mesh(run.config.inference_mesh, local=True):
+            return finish(write_side(
+                chunk, direction, load(), run.prompt, sampling,
+                seed=seed, batch_size=runtime.generation_batch_size, on_done=advance,
+            ))  # fmt: skip
 
-    done = rows_done(out / "data", runtime.chunk_rows, len(rows))
-    with track(label, len(rows), "rows", done) as bar:
-        return map_chunks(rows, out / "data", runtime.chunk_rows, write).to_pylist()
+    return map_chunks(rows, out / "data", runtime.chunk_rows, write, label)

@@ -173,7 +173,13 @@ class WorldSettings:
 
 @dataclass(frozen=True)
 class Config:
-    """A run."""
+    """A run.
+
+    mesh: all devices, for training. inference_mesh: the devices of each process, for generation and
+    scoring, which each does alone. `fsdp` fits the most but gathers every layer at every token;
+    `{data: -1, fsdp: 1}` keeps a whole copy of the model on each device and is the fastest where that fits;
+    `tensor` lies between.
+    """
 
     output_dir: str = "runs/main"
     seed: int = 0
@@ -188,6 +194,7 @@ class Config:
     evaluate: Evaluate = field(default_factory=Evaluate)
     export: Export = field(default_factory=Export)
     mesh: MeshShape = field(default_factory=MeshShape)
+    inference_mesh: MeshShape = field(default_factory=MeshShape)
     runtime: Runtime = field(default_factory=Runtime)
     world: WorldSettings | None = None
 
@@ -216,12 +223,24 @@ class Config:
                 raise ValueError(
                     f"{key}: `world` takes the place of one's own files; set one of them"
                 )
+        for key in ("align", "finetune"):
+            if getattr(self, key).load_best_model_at_end and not self.data.validation_share:
+                raise ValueError(
+                    f"{key}.load_best_model_at_end needs held-out pairs: set data.validation_share"
+                )
+        if self.world is not None and self.world.pretraining.load_best_model_at_end:
+            raise ValueError("world.pretraining.load_best_model_at_end: nothing is held out of it")
         keep, select = self.filter.keep, self.filter.select
         if select in ("fraction", "quantile") and not 0 < keep <= 1:
             raise ValueError(f"filter.keep: expected a share in (0, 1], found {keep}")
         if select == "top_k" and (keep < 1 or keep % 1):
             raise ValueError(f"filter.keep: expected a whole number of pairs, found {keep}")
         _check_positive(self)
+
+    def trainings(self) -> dict[str, TrainingSettings]:
+        """The settings of every training, by their keys."""
+        found: dict[str, TrainingSettings] = {"align": self.align, "finetune": self.finetune}
+        return found | ({"world.pretraining": self.world.pretraining} if self.world else {})
 
     def as_dict(self) -> dict:
         """Plain values, as they would stand in the YAML file."""

@@ -77,7 +77,7 @@ def kept_by_arm(run: Run, arm: str) -> np.ndarray:
 def finetuned(run: Run, arm: str) -> LanguageModel:
     """The final model of an arm."""
     decoder = run.base.decoder
-    return LanguageModel(decoder, load_params(finetuned_at(run, arm), decoder))
+    return LanguageModel(decoder, load_params(finetuned_at(run, arm), decoder, inference=True))
 
 
 def finetuned_at(run: Run, arm: str) -> epath.Path:

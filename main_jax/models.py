@@ -25,7 +25,7 @@ from main_jax.prompts import Prompt
 
 
 class LanguageModel(NamedTuple):
-    """A decoder and its parameters."""
+    """A decoder and its parameters, for inference."""
 
     decoder: Decoder
     params: Any
@@ -38,15 +38,17 @@ class Checkpoint:
     path: str
     decoder: Decoder
 
-    def load(self) -> Any:
-        """The parameters, in float32."""
+    def load(self, *, inference: bool = False) -> Any:
+        """The parameters, in float32, or as `Decoder.inference_dtype` says."""
         if is_orbax(self.path):
-            return load_params(epath.Path(self.path) / ORBAX, self.decoder)
-        return hf.load_checkpoint(self.path)[1]
+            folder = epath.Path(self.path) / ORBAX
+            return load_params(folder, self.decoder, inference=inference)
+        dtype = self.decoder.inference_dtype if inference else "float32"
+        return hf.load_checkpoint(self.path, dtype)[1]
 
     def model(self) -> LanguageModel:
-        """The decoder with its parameters."""
-        return LanguageModel(self.decoder, self.load())
+        """The decoder with its parameters, for inference."""
+        return LanguageModel(self.decoder, self.load(inference=True))
 
     def prompt(self, template: str | dict, max_length: int, strategy: str = "drop") -> Prompt:
         """The template bound to this checkpoint's tokenizer. Raises UserError."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
+import jax
 import yaml
 from etils import epath
 
@@ -26,7 +27,6 @@ from main_jax.export import export
 from main_jax.filter import with_filter
 from main_jax.finetune import arms, finetune
 from main_jax.lm.multihost import first
-from main_jax.lm.progress import track
 from main_jax.lm.sharding import make_mesh, use_mesh
 from main_jax.models import LanguageModel
 from main_jax.prepare import prepare
@@ -48,36 +48,35 @@ def build_world(run: Run, out: epath.Path) -> dict[str, int]:
 
 def augment(run: Run, out: epath.Path) -> dict[str, int]:
     """The aligned reverse model writes an instruction for every unlabelled response."""
-    last = f"round-{run.config.align.rounds}"
+    rounds = run.config.align.rounds
     rows = write_chunks(
-        run, out,
-        [row | {"round": run.config.align.rounds} for row in run.rows("prepare", "responses")],
-        Direction.REVERSE,
-        lambda: trained(run.directory("align"), last, Direction.REVERSE, run.base),
+        run, out, pairs.Rows(run.directory("prepare") / "data" / "responses"), Direction.REVERSE,
+        lambda: trained(run.directory("align"), f"round-{rounds}", Direction.REVERSE, run.base),
         run.config.augment.sampling, purpose="augment", label="augment",
+        finish=lambda rows: [row | {"round": rounds} for row in rows],
     )  # fmt: skip
-    return _reasons(rows, "pairs")
+    return _reasons(rows.column("drop_reason"), "pairs")
 
 
 def score(run: Run, out: epath.Path) -> dict[str, int]:
     """Both aligned models score every augmented pair."""
-    rows = run.rows("augment")
     last, stage = f"round-{run.config.align.rounds}", run.directory("align")
 
     @cache
     def model(direction: Direction) -> LanguageModel:
         return trained(stage, last, direction, run.base)
 
-    def score_chunk(chunk: Sequence[dict]) -> list[dict]:
-        forward, reverse = ((model(d), run.prompt) for d in Direction)
-        scored = score_rows(chunk, forward, reverse, run.config.score.tokens_per_batch)
-        bar.advance(len(chunk))
+    def score_chunk(chunk: Sequence[dict], advance: Callable[[int], None]) -> list[dict]:
+        with use_mesh(run.config.inference_mesh, local=True):
+            forward, reverse = ((model(d), run.prompt) for d in Direction)
+            scored = score_rows(chunk, forward, reverse, run.config.score.tokens_per_batch)
+        advance(len(chunk))
         return scored
 
-    done = pairs.rows_done(out / "data", run.config.runtime.chunk_rows, len(rows))
-    with track("score", len(rows), "pairs", done) as bar:
-        table = pairs.map_chunks(rows, out / "data", run.config.runtime.chunk_rows, score_chunk)
-    return _reasons(table.to_pylist(), "pairs")
+    rows = pairs.Rows(run.directory("augment") / "data")
+    chunk_rows = run.config.runtime.chunk_rows
+    rows = pairs.map_chunks(rows, out / "data", chunk_rows, score_chunk, "score", "pairs")
+    return _reasons(rows.column("drop_reason"), "pairs")
 
 
 def filter_pairs(run: Run, out: epath.Path) -> dict[str, int]:
@@ -86,7 +85,7 @@ def filter_pairs(run: Run, out: epath.Path) -> dict[str, int]:
     table = pairs.read_parts(run.directory("score") / "data")
     table = with_filter(table, settings.by, settings.select, settings.keep, run.config.seed)
     pairs.write_table(out / "data" / "part-00000.parquet", table)
-    counts = _reasons(table.to_pylist(), "pairs")
+    counts = _reasons(table["drop_reason"].to_pylist(), "pairs")
     if not counts["pairs"]:
         raise UserError(f"filter.{settings.by} keeps no pair; loosen filter.keep or look at {out}")
     return counts
@@ -131,10 +130,14 @@ def open_run(config: Config) -> Run:
             check_file(run.input_path(name), key)
     _ = run.template
     check_output(run.path, "output_dir")
-    try:
-        make_mesh(config.mesh)
-    except ValueError as error:
-        raise UserError(f"mesh: {error}") from None
+    for key, shape, devices in (
+        ("mesh", config.mesh, None),
+        ("inference_mesh", config.inference_mesh, jax.local_devices()),
+    ):
+        try:
+            make_mesh(shape, devices)
+        except ValueError as error:
+            raise UserError(f"{key}: {error}") from None
     if run.world:
         check_lengths(config, WORLD_POSITIONS)
     else:
@@ -209,14 +212,19 @@ def _check_room(run: Run) -> None:
         files = 2_000_000
     current = [run.directory(name) for name in run.stages if run.is_current(name)]
     written = sum(file.stat().length for folder in current for file in files_below(folder))
-    needed = 4 * parameters * (finals + 6) + 6 * files + 20_000_000
+    # While one more is saved: whole states, and with keep-best a copy of the parameters each.
+    unfinished = max(
+        (t.save_total_limit + 1) * (4 if t.load_best_model_at_end else 3)
+        for t in config.trainings().values()
+    )
+    needed = 4 * parameters * (finals + unfinished) + 6 * files + 20_000_000
     check_room(run.path, max(0, needed - written), "the run")
 
 
 # ------------------------------------------------------------------------------------------- helpers
 
 
-def _reasons(rows: Sequence[dict], name: str) -> dict[str, int]:
-    reasons = Counter(row["drop_reason"] for row in rows if row["drop_reason"])
-    kept = len(rows) - sum(reasons.values())
+def _reasons(drop_reasons: Sequence[str | None], name: str) -> dict[str, int]:
+    reasons = Counter(reason for reason in drop_reasons if reason)
+    kept = len(drop_reasons) - sum(reasons.values())
     return {name: kept} | {reason: n for reason, n in sorted(reasons.items())}

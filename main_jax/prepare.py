@@ -7,8 +7,9 @@ Nothing leaves the table silently: a row that cannot be used keeps its `drop_rea
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -27,29 +28,44 @@ def prepare(run: Run, out: epath.Path) -> dict[str, int]:
     seed = pairs.read_pairs(seed_path)
     responses = pairs.read_responses(responses_path)
     _mark(seed, seed_path, prompt, tuple(Direction))
-    # The instruction is yet to be written, so a response can only be too long by itself.
-    _mark(responses, responses_path, prompt, (Direction.FORWARD,))
-    counts = _check_drops("seed", seed_path, seed, data.max_drop_share)
-    counts |= _check_drops("responses", responses_path, responses, data.max_drop_share)
+    limit = data.max_drop_share
+    counts = _check_drops("seed", seed_path, [row["drop_reason"] for row in seed], limit)
     usable = [row for row in seed if not row["drop_reason"]]
     held_out = _held_out(usable, data.validation_share, run.config.seed)
+    first = next((row for row in usable if row["id"] not in held_out), None)
+    if first is None:
+        raise UserError("data.validation_share leaves no seed pair to train on")
+
+    def marked(chunk: Sequence[dict], advance: Callable[[int], None]) -> list[dict]:
+        # The instruction is yet to be written, so a response can only be too long by itself.
+        _mark(chunk, responses_path, prompt, (Direction.FORWARD,))
+        return _in_columns(chunk, "augmented")
+
+    chunk_rows = run.config.runtime.chunk_rows
+    try:
+        written = pairs.map_chunks(responses, out / "data" / "responses", chunk_rows, marked)
+        counts |= _check_drops("responses", responses_path, written.column("drop_reason"), limit)
+    except UserError:
+        # What nobody can use is not to be set aside later. (Other processes may still be writing there.)
+        if jax.process_count() == 1 and (out / "data").exists():
+            (out / "data").rmtree()
+        raise
     tables = {
         "seed": [row for row in seed if row["id"] not in held_out],
         "validation": [row for row in usable if row["id"] in held_out],
-        "responses": responses,
     }
-    first = next((row for row in tables["seed"] if not row["drop_reason"]), None)
-    if first is None:
-        raise UserError("data.validation_share leaves no seed pair to train on")
     for name, rows in tables.items():
-        origin = "augmented" if name == "responses" else "seed"
-        rows = [
-            {k: row.get(k) for k in pairs.COLUMNS} | {"origin": origin, "round": 0} for row in rows
-        ]
-        pairs.map_chunks(rows, out / "data" / name, run.config.runtime.chunk_rows, list)
+        rows = _in_columns(rows, "seed")
+        pairs.map_chunks(rows, out / "data" / name, chunk_rows, lambda chunk, advance: list(chunk))
     shown = [prompt.show(d, pairs.joined_instruction(first), first["response"]) for d in Direction]
     pairs.write_text(out / "example.txt", "\n\n".join(shown) + "\n")
     return counts | {"validation_pairs": len(tables["validation"])}
+
+
+def _in_columns(rows: Sequence[dict], origin: str) -> list[dict]:
+    """The rows with the columns of the pair table alone."""
+    of_all = {"origin": origin, "round": 0}
+    return [{name: row.get(name) for name in pairs.COLUMNS} | of_all for row in rows]
 
 
 def _mark(
@@ -70,19 +86,23 @@ def _mark(
         row["truncated"] = any(r.truncated for r in rendered)
 
 
-def _check_drops(name: str, path: str, rows: Sequence[dict], limit: float) -> dict[str, int]:
-    """Counts by reason. Raises UserError when too much, or everything, was dropped."""
-    reasons = Counter(row["drop_reason"] for row in rows if row["drop_reason"])
+def _check_drops(
+    name: str, path: str, drop_reasons: Sequence[str | None], limit: float
+) -> dict[str, int]:
+    """Counts by reason, from those of all rows. Raises UserError when too much, or all, was dropped."""
+    reasons = Counter(reason for reason in drop_reasons if reason)
     listed = ", ".join(f"{reason} {n:,}" for reason, n in sorted(reasons.items()))
     dropped = sum(reasons.values())
-    if dropped == len(rows):
-        raise UserError(f"{path}: no usable row is left of {len(rows):,} ({listed})")
-    if dropped > limit * len(rows):
+    if dropped == len(drop_reasons):
+        raise UserError(f"{path}: no usable row is left of {len(drop_reasons):,} ({listed})")
+    if dropped > limit * len(drop_reasons):
         raise UserError(
-            f"{path}: {dropped:,} of {len(rows):,} rows cannot be used ({listed}), more than "
+            f"{path}: {dropped:,} of {len(drop_reasons):,} rows cannot be used ({listed}), more than "
             f"data.max_drop_share {limit:g} allows"
         )
-    return {name: len(rows) - dropped} | {f"{name}_{r}": n for r, n in sorted(reasons.items())}
+    return {name: len(drop_reasons) - dropped} | {
+        f"{name}_{r}": n for r, n in sorted(reasons.items())
+    }
 
 
 def _held_out(rows: Sequence[dict], share: float, seed: int) -> set[str]:

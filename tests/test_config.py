@@ -58,6 +58,12 @@ def other_value(key: str) -> Any:
     return {int: 7777, str: "elsewhere", float: 0.125}[hint]
 
 
+def beside(key: str) -> list[str]:
+    """Overrides without which the other value of a key is refused."""
+    section, _, name = key.rpartition(".")
+    return [f"--{section}.eval_steps=50"] if name == "load_best_model_at_end" else []
+
+
 def nested(key: str, value: Any) -> dict:
     for name in reversed(key.split(".")):
         value = {name: value}
@@ -95,19 +101,32 @@ def test_the_list_of_keys_reaches_all_sections():
         assert key in KEYS
 
 
-@pytest.mark.parametrize("key", KEYS)
+ALWAYS_REFUSED = "world.pretraining.load_best_model_at_end"  # nothing of the world is held out
+
+
+def test_keep_best_needs_held_out_pairs(tmp_path):
+    for section in ("align", "finetune"):
+        keys = f"{section}: {{load_best_model_at_end: true, eval_steps: 5}}"
+        assert load(tmp_path, keys)
+        line = refusal(tmp_path, keys, "--data.validation_share", "0")
+        assert f"{section}.load_best_model_at_end" in line and "data.validation_share" in line
+    line = refusal(tmp_path, "world: {pretraining: {load_best_model_at_end: true, eval_steps: 5}}")
+    assert f"{ALWAYS_REFUSED}: nothing" in line
+
+
+@pytest.mark.parametrize("key", [key for key in KEYS if key != ALWAYS_REFUSED])
 def test_every_key_can_be_set_in_yaml_and_overridden(key, tmp_path):
-    value = other_value(key)
+    value, more = other_value(key), beside(key)
     assert value != KEYS[key][1]
-    written = load(tmp_path, yaml.safe_dump(nested(key, value)))
+    written = load(tmp_path, yaml.safe_dump(nested(key, value)), *more)
     assert value_at(written, key) == value
     text = yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
-    overridden = load_config(Config, None, [f"--{key}", text])
+    overridden = load_config(Config, None, [f"--{key}", text, *more])
     assert value_at(overridden, key) == value
-    assert overridden == written == load_config(Config, None, [f"--{key}={text}"])
-    rest = dataclasses.replace(
-        Config(), world=WorldSettings() if key.startswith("world.") else None
-    )
+    assert overridden == written == load_config(Config, None, [f"--{key}={text}", *more])
+    rest = load_config(Config, None, more)
+    if key.startswith("world.") and not more:
+        rest = dataclasses.replace(rest, world=WorldSettings())
     assert written != rest  # one key was changed ...
     changed = [k for k in KEYS if k.split(".")[0] != "world" or key.startswith("world.")]
     assert [k for k in changed if value_at(written, k) != value_at(rest, k)] == [key]  # ... alone

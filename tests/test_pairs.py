@@ -4,13 +4,19 @@ import datetime
 import hashlib
 import json
 import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from main_jax import pairs
 from main_jax.errors import UserError
+from main_jax.lm import progress
+from main_jax.lm.multihost import Preempted
 from main_jax.pairs import COLUMNS, read_instructions, read_pairs, read_responses
 
 
@@ -391,7 +397,7 @@ def test_map_chunks_resumes_and_never_computes_twice(tmp_path):
     rows = [{"id": str(i), "instruction": f"q{i}"} for i in range(10)]
     calls, fail_at = [], 2
 
-    def work(chunk):
+    def work(chunk, advance):
         if len(calls) == fail_at:
             raise RuntimeError("stopped")
         calls.append([r["id"] for r in chunk])
@@ -402,18 +408,147 @@ def test_map_chunks_resumes_and_never_computes_twice(tmp_path):
     assert calls == [["0", "1", "2", "3"], ["4", "5", "6", "7"]]
     assert sorted(os.listdir(tmp_path / "d")) == ["part-00000.parquet", "part-00001.parquet"]
     fail_at = -1
-    table = pairs.map_chunks(rows, tmp_path / "d", 4, work)
+    done = pairs.map_chunks(rows, tmp_path / "d", 4, work)
     assert calls[2:] == [["8", "9"]]
-    assert table["id"].to_pylist() == [str(i) for i in range(10)]
-    assert table["response"].to_pylist() == [str(i) * 2 for i in range(10)]
+    assert done.column("id") == [str(i) for i in range(10)]
+    assert done.column("response") == [str(i) * 2 for i in range(10)]
     again = pairs.map_chunks(rows, tmp_path / "d", 4, work)
     assert len(calls) == 3
-    assert again.equals(table)
+    assert list(again) == list(done) == pairs.read_parts(tmp_path / "d").to_pylist()
 
 
 def test_chunks_without_rows_or_with_unlike_columns(tmp_path):
-    assert pairs.map_chunks([], tmp_path / "none", 4, list).num_rows == 0
-    rows = [{"id": str(i)} for i in range(3)]
-    table = pairs.map_chunks(rows, tmp_path / "d", 1, lambda c: [c[0] | {f"own{c[0]['id']}": 1}])
-    assert table["own1"].to_pylist() == [None, 1, None]
+    def own(chunk, advance):
+        return [chunk[0] | {f"own{chunk[0]['id']}": 1}]
+
+    none = pairs.map_chunks([], tmp_path / "none", 4, lambda chunk, advance: list(chunk))
+    assert (len(none), list(none)) == (0, [])
+    pairs.map_chunks([{"id": str(i)} for i in range(3)], tmp_path / "d", 1, own)
+    assert pairs.read_parts(tmp_path / "d")["own1"].to_pylist() == [None, 1, None]
     assert [list(c) for c in pairs.chunks(range(5), 2)] == [[0, 1], [2, 3], [4]]
+
+
+def test_stored_rows_are_read_part_by_part(tmp_path, monkeypatch):
+    for part, ids in enumerate(["abc", "d", "", "ef"]):
+        rows = pairs.table_of([{"id": i} for i in ids])
+        pairs.write_table(tmp_path / f"part-{part:05}.parquet", rows)
+    stored, read = pairs.Rows(tmp_path), []
+    whole = pq.read_table
+    monkeypatch.setattr(pq, "read_table", lambda f, **kw: read.append(f.name[-9]) or whole(f, **kw))
+    for start in range(7):
+        for stop in range(start, 9):
+            assert [row["id"] for row in stored[start:stop]] == list("abcdef"[start:stop])
+    read.clear()
+    assert [row["id"] for row in stored[1:4]] == list("bcd")
+    assert read == ["0", "1"]
+    assert [row["id"] for row in stored] == stored.column("id") == list("abcdef")
+    assert len(stored) == 6
+
+
+# ---------------------------------------------------------------------------- several processes
+
+
+class Together:
+    """Processes as threads: each knows its number, all wait for all, and all stop at the same question."""
+
+    def __init__(self, monkeypatch, count, stop_at=None):
+        self.here, self.all, self.stop_at = threading.local(), threading.Barrier(count), stop_at
+        self.count = count
+        monkeypatch.setattr(jax, "process_count", lambda: count)
+        monkeypatch.setattr(jax, "process_index", lambda: self.here.index)
+        monkeypatch.setattr(pairs, "barrier", lambda name: self.all.wait(30))
+        monkeypatch.setattr(pairs, "stop_asked", self.stop_asked)
+
+    def stop_asked(self) -> bool:
+        self.here.asked += 1
+        return self.here.asked == self.stop_at
+
+    def map(self, rows, folder, delay=lambda index, ids: 0.0):
+        """What map_chunks gives in each process, the ids that each was asked for, how often it asked."""
+
+        def process(index):
+            self.here.index, self.here.asked = index, 0
+            calls = []
+
+            def double(chunk, advance):
+                calls.append([row["id"] for row in chunk])
+                time.sleep(delay(index, calls[-1]))
+                return [row | {"response": row["id"] * 2} for row in chunk]
+
+            try:
+                found = list(pairs.map_chunks(rows, folder, 4, double))
+            except Preempted as error:
+                found = error
+            return found, calls, self.here.asked
+
+        with ThreadPoolExecutor(self.count) as pool:
+            return zip(*pool.map(process, range(self.count)), strict=True)
+
+
+ROWS = [{"id": chr(ord("a") + i)} for i in range(19)]  # abcd efgh ijkl mnop qrs
+
+
+def files(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """The parts that one process writes."""
+    found = pairs.map_chunks(
+        ROWS, tmp_path / "alone", 4, lambda c, _: [r | {"response": r["id"] * 2} for r in c]
+    )
+    return tmp_path / "alone", list(found)
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_every_process_does_its_own_missing_chunks(count, alone, tmp_path, monkeypatch):
+    folder, rows = tmp_path / "d", alone[1]
+    folder.mkdir()
+    (folder / "part-00001.parquet").write_bytes((alone[0] / "part-00001.parquet").read_bytes())
+    together = Together(monkeypatch, count)
+    # The first process is the slowest: what others have written by then is not taken for done before.
+    found, calls, asked = together.map(ROWS, folder, lambda index, ids: 0.2 * (index == 0))
+    assert [["".join(ids) for ids in mine] for mine in calls] == {
+        2: [["abcd", "mnop"], ["ijkl", "qrs"]],
+        3: [["abcd", "qrs"], ["ijkl"], ["mnop"]],
+        7: [["abcd"], ["ijkl"], ["mnop"], ["qrs"], [], [], []],
+    }[count]
+    assert asked == {2: (1, 1), 3: (1, 1, 1), 7: (0,) * 7}[count]
+    assert all(each == rows for each in found)
+    assert files(folder) == files(alone[0])
+    # Once more: nothing to do, and nobody asks.
+    _, calls, asked = together.map(ROWS, folder)
+    assert (calls, asked) == (([],) * count, (0,) * count)
+
+
+def test_all_processes_stop_after_the_same_round_and_continue(alone, tmp_path, monkeypatch):
+    folder = tmp_path / "d"
+    found, calls, asked = Together(monkeypatch, 2, stop_at=2).map(ROWS, folder)
+    assert all(isinstance(each, Preempted) for each in found)
+    assert [str(each).split(": ")[1] for each in found] == [
+        f"stopped after part-{part:05}.parquet" for part in (2, 3)
+    ]
+    assert asked == (2, 2) and [len(mine) for mine in calls] == [2, 2]
+    assert len(files(folder)) == 4
+    found, calls, _ = Together(monkeypatch, 3).map(ROWS, folder)
+    assert calls == ([list("qrs")], [], [])
+    assert files(folder) == files(alone[0])
+
+
+def test_the_bar_counts_what_its_process_does(tmp_path, monkeypatch, capsys):
+    """And a part that another process should have written but nobody sees is an error."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(pairs, "barrier", lambda name: None)
+    monkeypatch.setattr(pairs, "stop_asked", lambda: False)
+    monkeypatch.setattr(pairs, "VISIBLE_S", 0)
+    monkeypatch.setattr(progress, "_process", (0, 2))
+
+    def work(chunk, advance):
+        advance(len(chunk))
+        return list(chunk)
+
+    with pytest.raises(UserError, match=r"part-00001.parquet: another process .* one folder"):
+        pairs.map_chunks(ROWS, tmp_path / "d", 4, work, "augment", "pairs")
+    assert list(files(tmp_path / "d")) == [f"part-0000{part}.parquet" for part in (0, 2, 4)]
+    assert capsys.readouterr().err.startswith("[process 0 of 2] augment: 11/11 pairs, ")

@@ -114,7 +114,7 @@ def generate_batch(
         slots = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), tokens.shape)
         segments = (slots < jnp.maximum(lengths, 1)[:, None]).astype(jnp.int32)
         cache = decoder.init_cache(rows, width + new)
-        hidden, cache = decoder.apply(params, tokens, slots, segments, cache)
+        hidden, cache = decoder.apply(params, tokens, slots, segments, cache, prefill=True)
         last = jnp.maximum(lengths - 1, 0)
         logits = logits_of(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
 

@@ -79,13 +79,14 @@ def check_checkpoint(path: Path) -> DecoderConfig:
 
 def load_checkpoint(
     path: Path,
-    dtype: str | None = "float32",
+    dtype: str | Callable[[str], str] | None = "float32",
     *,
     shardings: Any = None,
     buffer: Callable[..., np.ndarray] = np.empty,
 ) -> tuple[DecoderConfig, dict[str, Any]]:
     """Read a model folder into (config, params), the parameters in `dtype`, or (None) as stored.
 
+    `dtype` may be a function of the last name in a parameter's path, like `Decoder.inference_dtype`.
     `shardings` is a tree like params, or one for all; by default they get their places on the mesh,
     or without one are put on the first device.
     Of every tensor only what this process's devices hold is read and cast. Beyond the arrays the
@@ -105,7 +106,8 @@ def load_checkpoint(
         bar = stack.enter_context(track("load", total, "parameters", shown=shown))
         for row in rows:
             sharding = _at(shardings, row.path)
-            leaves[row.path] = _load_leaf(row, config, tensors, dtype, sharding, buffer)
+            wanted = dtype if dtype is None or isinstance(dtype, str) else dtype(row.path[-1])
+            leaves[row.path] = _load_leaf(row, config, tensors, wanted, sharding, buffer)
             bar.advance(math.prod(row.our_shape(config)))
     return config, nest(leaves)
 

@@ -93,15 +93,18 @@ class Decoder:
         positions: jax.Array,
         segment_ids: jax.Array,
         cache: Cache | None = None,
+        *,
+        prefill: bool = False,
     ) -> tuple[jax.Array, Cache | None]:
         """Run `[B, T]` tokens to `[B, T, D]` hidden states (after the final norm), in `dtype`.
 
         A token sees the tokens of its segment (0 is padding and sees nothing) at positions up to
         its own. With a cache, the T tokens are first written at slots `[index, index + T)`, which
-        the caller keeps within S, and attention is over the whole cache, returned with them. A
+        the caller keeps within S, and attention is over the whole cache, returned with them;
+        `prefill` says that the cache is empty, and attention is over the T tokens alone. A
         token id outside the vocabulary gives NaN rather than another token's result.
         """
-        model: Any = _Transformer(self)
+        model: Any = _Transformer(self, prefill)
         return model.apply({"params": params}, tokens, positions, segment_ids, cache)
 
     def unembed(self, params: Mapping[str, Any]) -> jax.Array:
@@ -109,6 +112,14 @@ class Decoder:
         if self.config.tie_word_embeddings:
             return params["embed"]["embedding"].T
         return params["head"]["kernel"]
+
+    def inference_dtype(self, name: str) -> str:
+        """Return the dtype in which a parameter, by the last name of its path, serves inference.
+
+        That to which `apply` and the head cast it first: results are those of float32, bit for bit,
+        at half the memory where `dtype` is bfloat16. Norms compute in float32.
+        """
+        return "float32" if name == "scale" else self.dtype
 
     def init_cache(self, batch_size: int, length: int) -> Cache:
         """Make an empty cache of `length` slots for `batch_size` rows."""
@@ -198,7 +209,7 @@ class _Context(NamedTuple):
     cos: jax.Array  # [B, T, 1, H / 2]
     sin: jax.Array
     who: dict[str, jax.Array]  # positions and segments of queries and keys
-    index: jax.Array | None  # where the cache is written, if there is one
+    index: Any  # where the cache is written: [] int32; None without one
 
 
 class Attention(nn.Module):
@@ -208,8 +219,11 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, context: _Context, cached: Any) -> tuple[jax.Array, Any]:
-        """Map `[B, T, D]` to `[B, T, D]` and, if there is a cache, the new keys and values."""
-        c, new = self.decoder.config, None
+        """Map `[B, T, D]` to `[B, T, D]` and, if there is a cache, the new keys and values.
+
+        `cached` are its keys and values; () where it is empty; None without one.
+        """
+        c = self.decoder.config
         project = functools.partial(Einsum, decoder=self.decoder, use_bias=c.qkv_bias)
         q = project("BTD,DNH->BTNH", name="q")(x)
         k = project("BTD,DKH->BTKH", name="k")(x)
@@ -219,14 +233,14 @@ class Attention(nn.Module):
             k = RMSNorm(c.rms_norm_eps, name="k_norm")(k)
         with jax.named_scope("rope"):
             q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
-        if context.index is not None:
-            new = (k, v)
+        new = None if cached is None else (k, v)
+        if cached:
             k, v = _write(cached[0], k, context.index), _write(cached[1], v, context.index)
         with jax.named_scope("attend"):
-            # Without a cache, the segments of a row lie one after another.
+            # Without a cache before them, the segments of a row lie one after another.
             y = attention(
                 q, k, v, **context.who, sliding_window=c.sliding_window,
-                backend=self.decoder.attention, packed=context.index is None,
+                backend=self.decoder.attention, packed=not cached,
             )  # fmt: skip
         gain = (2 * c.num_layers) ** -0.5
         return Einsum("BTNH,NHD->BTD", self.decoder, gain=gain, name="o")(y), new
@@ -265,6 +279,7 @@ class _Transformer(nn.Module):
     """Embedding, the scanned stack and the final norm; the head is declared, not applied."""
 
     decoder: Decoder
+    prefill: bool = False
 
     @nn.compact
     def __call__(
@@ -290,13 +305,19 @@ class _Transformer(nn.Module):
             angles = positions[:, :, None, None].astype(jnp.float32) * c.rope_frequencies()
             cos, sin = jnp.cos(angles), jnp.sin(angles)
         who = dict(q_positions=positions, q_segment_ids=segment_ids)
-        if cache is None:
-            cached = None
-            who |= dict(k_positions=positions, k_segment_ids=segment_ids)
-        else:
-            cached = (cache.keys, cache.values)
-            who["k_positions"] = _write(cache.positions, positions, cache.index)
-            who["k_segment_ids"] = _write(cache.segment_ids, segment_ids, cache.index)
+        seen = dict(k_positions=positions, k_segment_ids=segment_ids)
+        cached: Any = None
+        index: Any = None
+        if cache is not None:
+            index = cache.index
+            written = (
+                _write(cache.positions, positions, index),
+                _write(cache.segment_ids, segment_ids, index),
+            )
+            cached = ()
+            if not self.prefill:
+                cached = (cache.keys, cache.values)
+                seen = dict(zip(seen, written, strict=True))
 
         block: Any = Block
         if self.decoder.remat != "none":
@@ -309,13 +330,13 @@ class _Transformer(nn.Module):
             in_axes=(0, nn.broadcast),
             length=c.num_layers,
         )
-        context = _Context(cos, sin, who, None if cache is None else cache.index)
-        x, new = stack(self.decoder, name="layers")(x, cached, context)
+        x, new = stack(self.decoder, name="layers")(
+            x, cached, _Context(cos, sin, who | seen, index)
+        )
         x = RMSNorm(c.rms_norm_eps, name="norm")(x)
         if cache is None:
             return x, None
         # Layers return only what is new: a donated cache is then written in place, once.
-        keys = _write(cache.keys, new[0], cache.index, axis=2)
-        values = _write(cache.values, new[1], cache.index, axis=2)
-        next_index = cache.index + tokens.shape[1]
-        return x, Cache(keys, values, who["k_positions"], who["k_segment_ids"], next_index)
+        keys = _write(cache.keys, new[0], index, axis=2)
+        values = _write(cache.values, new[1], index, axis=2)
+        return x, Cache(keys, values, *written, index + tokens.shape[1])

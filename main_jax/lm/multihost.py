@@ -1,7 +1,8 @@
-"""Several processes as one program: who writes, where all wait for all, and how all stop together.
+"""Several processes as one program: who does what, where all wait for all, and how all stop together.
 
-Every process computes the same; the first one writes what is not Orbax's. `barrier` stands before others
-read what the first has written. Alone, all of this costs nothing.
+Training is one program over the devices of all. Work on rows is dealt out (`deal`): each process does its
+part alone and writes its own files. What is left, every process computes alike and the first one writes.
+`barrier` stands before others read what one has written. Alone, all of this costs nothing.
 
 A machine that is to be taken away sends SIGTERM. Long work asks `stop_asked` at every step, commits what it
 has, and raises `Preempted`; with several processes, all of them at the same step, whichever got the signal.
@@ -12,21 +13,35 @@ from __future__ import annotations
 import itertools
 import signal
 import threading
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+WEEK_S = 7 * 24 * 3600
+
 
 def first() -> bool:
-    """Whether this process writes files and speaks to people."""
+    """Whether this process speaks to people, and writes what all have computed alike."""
     return jax.process_index() == 0
 
 
+def deal(items: Sequence[int]) -> list[int | None]:
+    """What this process is to do of `items`, one a round; as many rounds for all, at last perhaps None."""
+    count = jax.process_count()
+    return [*items, *[None] * (-len(items) % count)][jax.process_index() :: count]
+
+
 def barrier(name: str) -> None:
-    """Wait until every process has come here."""
+    """Wait until every process has come here, however long one may be at work."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+        from orbax.checkpoint import multihost
+
+        # On the host first: a collective gives up on a process that is late (Gloo's after half an hour).
+        everyone = set(range(jax.process_count()))
+        multihost.sync_global_processes("main_jax", timeout=WEEK_S, processes=everyone)
+        multihost_utils.sync_global_devices(name)  # and all at the same place
 
 
 def on_host(x: jax.Array) -> np.ndarray:

@@ -78,13 +78,15 @@ class MeshShape:
 def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh over `devices`, by default all; of a fully given shape over the first that it needs.
 
-    Raises ValueError where the shape does not fit them.
+    Of the devices of several processes none can be left out. Raises ValueError where the shape does
+    not fit them.
     """
     from jax.experimental import mesh_utils
 
+    some = devices is not None or jax.process_count() == 1
     devices = list(jax.devices() if devices is None else devices)
     wanted = math.prod(astuple(shape)[:3])
-    if 0 < wanted < len(devices) and jax.process_count() == 1:
+    if some and 0 < wanted < len(devices):
         devices = devices[:wanted]
     sizes = shape.resolve(len(devices))
     if shape.slices > 1:
@@ -97,10 +99,13 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
 
 
 @contextmanager
-def use_mesh(shape: MeshShape) -> Generator[None]:
-    """What runs inside is sharded over a mesh of this shape. Raises ValueError where it does not fit."""
-    mesh = make_mesh(shape)
-    if mesh.size == 1:
+def use_mesh(shape: MeshShape, *, local: bool = False) -> Generator[None]:
+    """What runs inside is sharded over a mesh of this shape. Raises ValueError where it does not fit.
+
+    A `local` mesh is over this process's own devices: what runs inside needs no other process.
+    """
+    mesh = make_mesh(shape, jax.local_devices() if local else None)
+    if mesh.size == 1 and current_mesh() is None:
         yield
     else:
         with jax.set_mesh(mesh):
@@ -190,7 +195,7 @@ def shardings_like_params(tree: Any, config: DecoderConfig) -> Any:
     """A sharding for each leaf, for arrays that are made outside of jitted functions."""
     mesh = current_mesh()
     if mesh is None:
-        here = SingleDeviceSharding(jax.devices()[0])
+        here = SingleDeviceSharding(jax.local_devices()[0])
         return jax.tree.map(lambda _: here, tree)
     concrete = jax.sharding.get_mesh()
     specs = _specs_like(tree, config, mesh)
@@ -214,10 +219,22 @@ def place_rows(tree: Any, rows_axis: int = 0) -> Any:
     """
     if current_mesh() is None:
         return jax.device_put(tree)
-    mesh = jax.sharding.get_mesh()
-    rows = NamedSharding(mesh, PartitionSpec(*[None] * rows_axis, ROWS))
-    whole = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(lambda x: _place(x, rows if np.ndim(x) > rows_axis + 1 else whole), tree)
+    return jax.tree.map(lambda x: _place(x, _row_sharding(np.ndim(x), rows_axis)), tree)
+
+
+def abstract_rows(tree: Any, rows_axis: int = 0) -> Any:
+    """Shapes, dtypes and places of what `place_rows` makes of host arrays, under a mesh."""
+
+    def abstract(x: np.ndarray) -> jax.ShapeDtypeStruct:
+        dtype = jax.dtypes.canonicalize_dtype(x.dtype)
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=_row_sharding(x.ndim, rows_axis))
+
+    return jax.tree.map(abstract, tree)
+
+
+def _row_sharding(axes: int, rows_axis: int) -> NamedSharding:
+    rows = PartitionSpec(*[None] * rows_axis, ROWS) if axes > rows_axis + 1 else PartitionSpec()
+    return NamedSharding(jax.sharding.get_mesh(), rows)
 
 
 def place_like_params(tree: Any, config: DecoderConfig) -> Any:

@@ -104,6 +104,17 @@ def abstract_state(decoder: Decoder, optimizer: Optimizer, weighting: ExampleWei
     return abstract_like_params(jax.eval_shape(make), decoder.config)
 
 
+def abstract_params(decoder: Decoder, *, inference: bool = False) -> Any:
+    """Shapes, dtypes and places of the parameters; for inference in `decoder.inference_dtype`."""
+    # The key too is made while tracing: on a mesh of devices that are not there, nothing can be run.
+    shapes = jax.eval_shape(lambda: decoder.init(jax.random.key(0)))
+    if inference:
+        shapes = jax.tree_util.tree_map_with_path(
+            lambda path, x: x.update(dtype=jnp.dtype(decoder.inference_dtype(path[-1].key))), shapes
+        )
+    return abstract_like_params(shapes, decoder.config)
+
+
 def accumulate(
     params, batches: Batch, weighting_state, progress, *, decoder, optimizer, weighting
 ) -> tuple[Any, Any, dict]:

@@ -141,10 +141,10 @@ def _generate(
     run: Run, out: epath.Path, rows: Sequence[dict], direction: Direction, load, label: str
 ) -> list[dict]:
     """Texts with the sampling of `evaluate`, greedy by default."""
-    return write_chunks(
+    return list(write_chunks(
         run, out, rows, direction, load, run.config.evaluate.sampling,
         purpose="evaluate", label=f"evaluate {label}",
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def show(results: dict[str, Any]) -> str:

@@ -12,15 +12,6 @@ from etils import epath
 from main_jax.errors import UserError
 
 
-def check_file(path: str, key: str) -> None:
-    """Raises UserError unless `path` is a file."""
-    file = epath.Path(path)
-    if not file.exists():
-        raise UserError(f"{key}: {path}: no such file")
-    if file.is_dir():
-        raise UserError(f"{key}: {path}: is a directory, expected a .jsonl or .parquet file")
-
-
 def check_output(path: epath.PathLike, key: str) -> None:
     """Raises UserError when `path` cannot become a folder that we write into."""
     if "://" in str(path):

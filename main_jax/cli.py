@@ -31,20 +31,33 @@ def run_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     from main_jax import evaluate, pipeline
 
     initialize(config.runtime.compile_cache, **arguments.start)
-    from main_jax.lm.multihost import Preempted, barrier, first, watch_sigterm
+    from main_jax.lm.multihost import first
 
-    watch_sigterm()
-    run = pipeline.open_run(config)
     stage = None if arguments.verb == "run" else arguments.verb
-    try:
-        pipeline.execute(run, stage, arguments.show_example)
-    except Preempted as error:
-        barrier("preempted")  # nobody leaves while another still writes
-        progress.say(f"{error}; the same command continues there")
-        return config.runtime.preemption_exit_code
+    run = pipeline.open_run(config)
+    code = _unless_stopped(
+        lambda: pipeline.execute(run, stage, arguments.show_example),
+        config.runtime.preemption_exit_code,
+    )
+    if code:
+        return code
     if stage in (None, "evaluate") and first():
         print(evaluate.show(evaluate.read_results(run)))
         print(f"\nresults: {run.path / 'results.json'}")
+    return 0
+
+
+def _unless_stopped(work: Callable[[], None], exit_code: int = 75) -> int:
+    """0; or `exit_code` where the program was asked to stop, and what was done is on disk."""
+    from main_jax.lm.multihost import Preempted, barrier, watch_sigterm
+
+    watch_sigterm()
+    try:
+        work()
+    except Preempted as error:
+        barrier("preempted")  # nobody leaves while another still writes
+        progress.say(f"{error}; the same command continues there")
+        return exit_code
     return 0
 
 
@@ -59,12 +72,30 @@ def score_file(arguments: argparse.Namespace) -> int:
     from main_jax import tools
 
     initialize(**arguments.start)
-    tools.score_file(
+    return _unless_stopped(lambda: tools.score_file(
         arguments.forward_model, arguments.reverse_model, arguments.data, arguments.output,
         template=arguments.template or "auto", max_length=arguments.max_length,
         excess_length_strategy=arguments.excess_length_strategy or "drop",
         tokens_per_batch=arguments.tokens_per_batch or 8192,
         show_example=arguments.show_example,
+    ))  # fmt: skip
+
+
+def filter_file(arguments: argparse.Namespace) -> int:
+    """`filter` of a scored file."""
+    if not arguments.by or not arguments.output:
+        lacks = "--output" if arguments.by else "--by"
+        raise UserError(f"filter: a scored file needs {lacks} (see main-jax filter --help)")
+    from main_jax import tools
+    from main_jax.config import Config
+    from main_jax.strict_yaml import from_mapping
+
+    asked = {"by": arguments.by, "select": arguments.select, "keep": arguments.keep}
+    asked = {"filter": {k: v for k, v in asked.items() if v is not None}}
+    settings = from_mapping(Config, asked, "command line").filter
+    tools.filter_file(
+        arguments.config, arguments.output, by=settings.by, select=settings.select,
+        keep=settings.keep, every_pair=arguments.every_pair, seed=arguments.random_seed,
     )  # fmt: skip
     return 0
 
@@ -84,12 +115,11 @@ def generate_file(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         raise UserError(str(error)) from None
     initialize(**arguments.start)
-    tools.generate_file(
+    return _unless_stopped(lambda: tools.generate_file(
         arguments.model, arguments.prompts, arguments.output,
         template=arguments.template, direction=Direction(arguments.direction),
         sampling=sampling, seed=arguments.seed, batch_size=arguments.batch_size,
-    )  # fmt: skip
-    return 0
+    ))  # fmt: skip
 
 
 def convert_folder(arguments: argparse.Namespace) -> int:
@@ -121,6 +151,27 @@ def _shard_bytes(arguments: argparse.Namespace) -> int | None:
         return parse_size(arguments.max_shard_size) if arguments.max_shard_size else None
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def export_data_of(arguments: argparse.Namespace) -> int:
+    """`export-data`."""
+    from main_jax import pipeline
+    from main_jax.data.export import export_data
+
+    run = pipeline.existing_run(arguments.run)
+    export_data(
+        run, arguments.destination,
+        every_pair=arguments.every_pair, push_to_hub=arguments.push_to_hub,
+    )  # fmt: skip
+    return 0
+
+
+def report_run(arguments: argparse.Namespace) -> int:
+    """`report`; touches no device: a run may be at work on them."""
+    from main_jax.report.page import write_report
+
+    print(write_report(arguments.run))
+    return 0
 
 
 def verify_folder(arguments: argparse.Namespace) -> int:
@@ -202,6 +253,8 @@ VERBS = {
     "generate": generate_file,
     "convert": convert_folder,
     "export": export_folder,
+    "export-data": export_data_of,
+    "report": report_run,
     "verify": verify_folder,
     "launch": launch_processes,
 }
@@ -232,6 +285,10 @@ def _main(argv: list[str]) -> int:
             progress.set_process(how.process_id, how.num_processes)
     if arguments.verb == "plan":
         return plan_run(arguments, rest)
+    if arguments.verb == "filter" and (arguments.by or arguments.output):
+        if rest:
+            raise UserError(f"unknown argument {rest[0]} (see main-jax filter --help)")
+        return filter_file(arguments)
     of_a_file = [name for name in FILE_OPTIONS if getattr(arguments, name, None) is not None]
     if getattr(arguments, "config", None) and not of_a_file:
         return run_config(arguments, rest)

@@ -17,6 +17,8 @@ examples:
   main-jax verify DIR                                   our logits against transformers' on PyTorch
   main-jax convert DIR NEW                              Hugging Face <-> Orbax
   main-jax export runs/own NEW                          a run's model for everybody else
+  main-jax export-data runs/own NEW                     the kept pairs as a data set
+  main-jax report runs/own                              the run as one page, runs/own/report.html
   main-jax launch --num-processes 2 -- run CONFIG.yaml  several processes on this machine
   main-jax plan CONFIG.yaml --topology v5p:2x2x2        memory and hours, before you rent
 
@@ -79,6 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
         if name != "score":
             stage = verb(name, f"stage: {text}", f"examples:\n  main-jax {name} configs/demo.yaml")
             _add_config(stage)
+            if name == "filter":
+                _add_filter(stage)
             processes.add_options(stage)
 
     score = verb(
@@ -95,7 +99,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--reverse-model", metavar="DIR", help="of p(I|R); default: the forward model"
     )
     score.add_argument(
-        "--data", metavar="FILE", help="JSONL or Parquet with instruction and response"
+        "--data",
+        metavar="SOURCE",
+        help="instruction and response: JSONL, Parquet, CSV, hf:NAME, ...",
     )
     score.add_argument(
         "--output", metavar="FILE", help="JSONL or Parquet: the same rows, with scores"
@@ -119,8 +125,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--model", required=True, metavar="DIR", help="model folder or hub name")
     generate.add_argument(
-        "--prompts", required=True, metavar="FILE",
-        help="JSONL or Parquet with instruction (reverse: response)",
+        "--prompts", required=True, metavar="SOURCE",
+        help="instruction (reverse: response): JSONL, Parquet, CSV, hf:NAME, ...",
     )  # fmt: skip
     generate.add_argument("--output", required=True, metavar="FILE", help="JSONL or Parquet")
     generate.add_argument(
@@ -166,6 +172,35 @@ def build_parser() -> argparse.ArgumentParser:
             metavar="SIZE",
             help="of a file of weights in Hugging Face form (5GB)",
         )
+
+    product = verb(
+        "export-data",
+        "the kept pairs as a data set: Parquet, JSONL, every score, provenance, a card",
+        "examples:\n  main-jax export-data runs/own my-pairs\n"
+        "  main-jax export-data runs/own all-pairs --every-pair\n\n"
+        "`datasets.load_dataset(DST)` loads it. The card's licence is what data.seed_license and\n"
+        "data.responses_license declare.",
+    )
+    product.add_argument("run", metavar="RUN", help="a run's directory")
+    product.add_argument("destination", metavar="DST", help="a new folder")
+    product.add_argument(
+        "--every-pair",
+        action="store_true",
+        help="also those that were cut, with keep and drop_reason",
+    )
+    product.add_argument(
+        "--push-to-hub",
+        metavar="NAME",
+        help="also upload it, as the data set org/name (needs HF_TOKEN)",
+    )
+
+    report = verb(
+        "report",
+        "a run as one page, RUN/report.html (every stage writes it too)",
+        "examples:\n  main-jax report runs/demo\n\n"
+        "Works on an unfinished run: the page names what is not there yet.",
+    )
+    report.add_argument("run", metavar="RUN", help="a run's directory")
 
     verify = verb(
         "verify",
@@ -242,6 +277,30 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"seconds from SIGTERM to SIGKILL for the others when one fails ({launch.GRACE_S:g})",
     )  # fmt: skip
     return parser
+
+
+def _add_filter(parser: argparse.ArgumentParser) -> None:
+    """The options of a scored file in place of a run."""
+    parser.usage = (
+        f"{parser.usage}\n       {parser.prog} SCORED --by SCORE [--keep 0.4] --output FILE"
+    )
+    example = "main-jax filter scored.parquet --by mutual --keep 0.4 --output kept.parquet"
+    parser.epilog = f"{parser.epilog}\n  {example}"
+    group = parser.add_argument_group(
+        "a scored file", "What `main-jax score` wrote; no model is needed."
+    )
+    group.add_argument("--by", metavar="SCORE", help="mutual, forward_ce, pmi, ifd, ...")
+    group.add_argument(
+        "--select", help="what --keep means: fraction (default), top_k, quantile or threshold"
+    )
+    group.add_argument("--keep", type=float, metavar="N", help="default: 0.4")
+    group.add_argument("--output", metavar="FILE", help="JSONL or Parquet: the rows that are kept")
+    group.add_argument(
+        "--every-pair", action="store_true", help="also the others, with keep and drop_reason"
+    )
+    group.add_argument(
+        "--random-seed", type=processes.natural, default=0, metavar="S", help="of `random`"
+    )
 
 
 def _add_config(parser: argparse.ArgumentParser, optional: bool = False) -> None:

@@ -20,21 +20,56 @@ from main_jax.lm.train import TrainingSettings
 from main_jax.strict_yaml import nearest
 from main_jax.weighting import Weighting
 
+COLUMNS = ("instruction", "response", "input", "messages", "id", "weight")
+"""What `seed_columns` and `responses_columns` may name."""
+
 
 @dataclass(frozen=True)
 class Data:
     """Where the data is, and how much of it may be unusable.
 
-    seed_path: human-written pairs, JSONL or Parquet.
-    responses_path: unlabelled responses, JSONL or Parquet.
+    seed_path: human-written pairs: a file, a glob or another source (`main_jax/data/sources.py`).
+    responses_path: unlabelled responses, likewise.
+    seed_columns, responses_columns: our columns' names -> theirs, where they are not recognised.
+    seed_license, responses_license: as the hub names licences (apache-2.0); for the card of the result.
     validation_share: of the seed pairs, held out of every training.
     max_drop_share: of either file; above it the run refuses to go on.
     """
 
     seed_path: str | None = None
     responses_path: str | None = None
+    seed_columns: dict = field(default_factory=dict)
+    responses_columns: dict = field(default_factory=dict)
+    seed_license: str | None = None
+    responses_license: str | None = None
     validation_share: float = 0.05
     max_drop_share: float = 0.5
+
+
+@dataclass(frozen=True)
+class Clean:
+    """What the unlabelled responses are cleaned of (see `main_jax/data/clean.py`).
+
+    duplicates: texts that say, word for word, what an earlier one says.
+    near_duplicates: also those of at least this similarity, as 0.8; null: off.
+    decontaminate: sources whose texts (questions and answers of a test) no response or seed pair may share
+        `decontaminate_ngram` words in a row with.
+    drop_patterns: regular expressions that no response may contain.
+    language: the only one that is kept, as `en`; null: any. Needs the `language` extra.
+    """
+
+    duplicates: bool = True
+    near_duplicates: float | None = None
+    decontaminate: tuple[str, ...] = ()
+    decontaminate_ngram: int = 13
+    drop_patterns: tuple[str, ...] = ()
+    language: str | None = None
+
+    def __post_init__(self):
+        if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:
+            raise ValueError(
+                f"near_duplicates: expected a similarity in (0, 1], found {self.near_duplicates}"
+            )
 
 
 @dataclass(frozen=True)
@@ -185,6 +220,7 @@ class Config:
     seed: int = 0
     model_name_or_path: str | None = None
     data: Data = field(default_factory=Data)
+    clean: Clean = field(default_factory=Clean)
     prompt: PromptSettings = field(default_factory=PromptSettings)
     align: Align = field(default_factory=Align)
     augment: Augment = field(default_factory=Augment)
@@ -217,7 +253,15 @@ class Config:
                 "finetune.arms: one threshold cannot serve several scores; use a fraction"
             )
         own = {"model_name_or_path": self.model_name_or_path}
-        own |= {f"data.{k}": getattr(self.data, k) for k in ("seed_path", "responses_path")}
+        own |= {
+            f"data.{k}": v for k, v in vars(self.data).items() if k.endswith(("_path", "_columns"))
+        }
+        for key in ("data.seed_columns", "data.responses_columns"):
+            for ours, theirs in getattr(self.data, key.removeprefix("data.")).items():
+                if ours not in COLUMNS:
+                    raise ValueError(f"{key}: unknown column {ours}{nearest(str(ours), COLUMNS)}")
+                if not isinstance(theirs, str):
+                    raise ValueError(f"{key}.{ours}: expected a column's name, found {theirs!r}")
         for key, value in own.items():
             if self.world is not None and value:
                 raise ValueError(

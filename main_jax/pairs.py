@@ -1,4 +1,4 @@
-"""The pair table: its columns, its ids, and reading and writing it as Parquet or JSONL.
+"""The pair table: its columns, its ids, writing it as Parquet or JSONL, and its parts.
 
 Every table of the project is a `pyarrow.Table` with (a prefix of) these columns; a dropped row never
 leaves it, it keeps `keep = false` and its `drop_reason`.
@@ -29,7 +29,7 @@ COLUMNS: dict[str, pa.DataType] = {
     "input": pa.string(),
     "response": pa.string(),
     "origin": pa.string(),  # seed | aligned | augmented
-    "source": pa.string(),  # the file the row was read from
+    "source": pa.string(),  # the file or data set that the row was read from
     "weight": pa.float64(),
     "round": pa.int32(),
     "forward_nll_sum": pa.float64(),  # nats, of the response given the instruction
@@ -59,162 +59,10 @@ def joined_instruction(row: dict) -> str:
     return f"{instruction}\n\n{extra}" if extra else instruction
 
 
-# ---------------------------------------------------------------------------------------------- reading
-
-
-def read_rows(path: str) -> list[tuple[int, dict]]:
-    """The rows of a JSONL or Parquet file as (row number from 1, row). Raises UserError, one line."""
-    file = epath.Path(path)
-    if not file.exists():
-        raise UserError(f"{path}: no such file")
-    if file.is_dir():
-        raise UserError(f"{path}: is a directory, expected a .jsonl or .parquet file")
-    rows = _read_parquet(file) if file.suffix == ".parquet" else _read_jsonl(file)
-    if not rows:
-        raise UserError(f"{path}: no rows in it")
-    return rows
-
-
-def _read_parquet(file: epath.Path) -> list[tuple[int, dict]]:
-    try:
-        with file.open("rb") as handle:
-            return list(enumerate(pq.read_table(handle).to_pylist(), start=1))
-    except UnicodeDecodeError:
-        raise UserError(f"{file}: a text in it is not valid UTF-8") from None
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file}: not a readable Parquet file ({_brief(error)})") from None
-
-
-def _read_jsonl(file: epath.Path) -> list[tuple[int, dict]]:
-    rows = []
-    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            if not text.strip():
-                continue
-            row = json.loads(text)
-        except UnicodeDecodeError:
-            raise UserError(f"{file}, row {number}: not valid UTF-8") from None
-        except (ValueError, RecursionError) as error:  # ValueError: also a number of 5,000 digits
-            raise UserError(f"{file}, row {number}: not valid JSON ({_brief(error)})") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{file}, row {number}: expected an object like {{...}}")
-        rows.append((number, row))
-    return rows
-
-
-def _brief(error: object) -> str:
-    return " ".join(str(error).split())[:120]
-
-
-PAIR_COLUMNS = (
-    ("instruction", "response"),
-    ("instruction", "output"),  # Alpaca
-    ("prompt", "completion"),
-    ("prompt", "response"),
-    ("messages",),
-    ("conversations",),  # ShareGPT
-)
-RESPONSE_COLUMNS = (("response",), ("text",), ("content",), ("output",), ("completion",))
-PROMPT_COLUMNS = (("instruction",), ("prompt",))
-
-
-def read_pairs(path: str) -> list[dict]:
-    """Rows with id, instruction, input, response; formats are recognised by their column names."""
-    return _read(path, PAIR_COLUMNS, _pair)
-
-
-def read_responses(path: str) -> list[dict]:
-    """Rows with id and response, from a column named response, text, content, output or completion."""
-    return _read(path, RESPONSE_COLUMNS, lambda row, names: {"response": row[names[0]]})
-
-
-def read_instructions(path: str) -> list[dict]:
-    """Rows with id, instruction and input."""
-    return _read(
-        path,
-        PROMPT_COLUMNS,
-        lambda row, names: {"instruction": row[names[0]], "input": row.get("input")},
-    )
-
-
-def _pair(row: dict, names: tuple[str, ...]) -> dict:
-    if names[0] in ("messages", "conversations"):
-        return _conversation(row[names[0]])
-    return {"instruction": row[names[0]], "input": row.get("input"), "response": row[names[1]]}
-
-
-def _conversation(turns: Any) -> dict:
-    """The last assistant turn is the response, everything before it the instruction."""
-    if not isinstance(turns, list) or not all(isinstance(t, dict) for t in turns):
-        raise ValueError("expected a list of turns")
-    texts = []
-    for turn in turns:
-        role, text = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if not isinstance(role, str) or not isinstance(text, str):
-            raise ValueError("every turn needs a role and a text")
-        texts.append((role, text))
-    answers = [i for i, (role, _) in enumerate(texts) if role in ("assistant", "gpt", "model")]
-    if not answers:
-        raise ValueError("no assistant turn")
-    before = [text for _, text in texts[: answers[-1]]]
-    return {"instruction": "\n\n".join(before), "input": None, "response": texts[answers[-1]][1]}
-
-
-def _read(path: str, formats: Sequence[tuple[str, ...]], convert: Callable) -> list[dict]:
-    numbered = read_rows(path)
-    first = numbered[0][1]
-    names = next((f for f in formats if all(name in first for name in f)), None)
-    if names is None:
-        wanted = " or ".join("+".join(f) for f in formats)
-        raise UserError(f"{path}, row {numbered[0][0]}: missing column: expected {wanted}; "
-                        f"found {', '.join(map(str, first)) or 'none'}")  # fmt: skip
-    rows = []
-    for number, raw in numbered:
-        missing = [name for name in names if name not in raw]
-        if missing:
-            raise UserError(f"{path}, row {number}: missing column {missing[0]!r}")
-        try:
-            row = convert(raw, names)
-        except ValueError as error:
-            raise UserError(f"{path}, row {number}, {names[0]}: {error}") from None
-        for name, value in row.items():
-            if value is not None and not isinstance(value, str):
-                kind = type(value).__name__
-                raise UserError(f"{path}, row {number}, {name}: expected text, found {kind}")
-            _check_text(value or "", path, number, name)
-        row |= {"weight": _weight(raw, path, number), "source": str(path), "raw": raw}
-        given = raw.get("id")
-        if given is not None and (isinstance(given, bool) or not isinstance(given, (str, int))):
-            raise UserError(f"{path}, row {number}, id: expected text or a whole number")
-        row["id"] = None if given is None else str(given)
-        _check_text(row["id"] or "", path, number, "id")
-        row["row_number"] = number
-        rows.append(row)
-    _assign_ids(rows, path)
-    return rows
-
-
-def _check_text(text: str, path: str, number: int, name: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{path}, row {number}, {name}: half a surrogate pair, not text") from None
-
-
-def _weight(raw: dict, path: str, number: int) -> float:
-    value = raw.get("weight")
-    if value is None:
-        return 1.0
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e9:
-        raise UserError(f"{path}, row {number}, weight: expected a number >= 0, found {value!r}")
-    return float(value)
-
-
-def _assign_ids(rows: list[dict], path: str) -> None:
+def assign_ids(rows: Sequence[dict]) -> None:
     """Given ids stay (a repeat is an error); others are a content hash with an ordinal for repeats."""
     seen: Counter[str] = Counter()
-    taken: dict[str, int] = {}
+    taken: dict[str, dict] = {}
     for row in rows:
         given = row["id"]
         if given is None:
@@ -224,10 +72,12 @@ def _assign_ids(rows: list[dict], path: str) -> None:
             seen[digest] += 1
         if row["id"] in taken:
             earlier = taken[row["id"]]
+            of = "" if earlier["source"] == row["source"] else f" of {earlier['source']}"
             raise UserError(
-                f"{path}, row {row['row_number']}, id: {row['id']!r} was already given in row {earlier}"
+                f"{row['source']}, row {row['row_number']}, id: {row['id']!r} was already given in "
+                f"row {earlier['row_number']}{of}"
             )
-        taken[row["id"]] = row["row_number"]
+        taken[row["id"]] = row
 
 
 # ---------------------------------------------------------------------------------------------- writing

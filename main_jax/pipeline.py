@@ -19,8 +19,9 @@ from etils import epath
 from main_jax import pairs
 from main_jax.align import align, trained
 from main_jax.augment import write_chunks
-from main_jax.checks import check_file, check_output, check_room
+from main_jax.checks import check_output, check_room
 from main_jax.config import Config
+from main_jax.data.files import files_below
 from main_jax.errors import UserError
 from main_jax.evaluate import evaluate
 from main_jax.export import export
@@ -31,7 +32,7 @@ from main_jax.lm.sharding import make_mesh, use_mesh
 from main_jax.models import LanguageModel
 from main_jax.prepare import prepare
 from main_jax.prompts import Direction
-from main_jax.run import Run, Stage, files_below, versions
+from main_jax.run import Run, Stage, versions
 from main_jax.score import score_rows
 from main_jax.strict_yaml import load_config
 from main_jax.world import WORLD_POSITIONS
@@ -92,7 +93,7 @@ def filter_pairs(run: Run, out: epath.Path) -> dict[str, int]:
 
 
 STAGES = (
-    Stage("prepare", 1, prepare, ("data", "prompt")),
+    Stage("prepare", 1, prepare, ("data", "clean", "prompt")),
     Stage("align", 2, align, ("align",), ("prepare",)),
     Stage("augment", 3, augment, ("augment",), ("prepare", "align")),
     Stage("score", 4, score, ("score",), ("align", "augment")),
@@ -126,8 +127,7 @@ def open_run(config: Config) -> Run:
         for key, value in keys.items():
             if not value:
                 raise UserError(f"{key} is not set; give it in the config or as --{key} PATH")
-        for key, name in (("data.seed_path", "seed"), ("data.responses_path", "responses")):
-            check_file(run.input_path(name), key)
+        _ = run.sources
     _ = run.template
     check_output(run.path, "output_dir")
     for key, shape, devices in (
@@ -141,7 +141,7 @@ def open_run(config: Config) -> Run:
     if run.world:
         check_lengths(config, WORLD_POSITIONS)
     else:
-        run.input_path("model")  # found, or fetched, once everything else is as it should be
+        _ = run.model_path  # found, or fetched, once everything else is as it should be
         check_lengths(config, run.base.decoder.config.max_position_embeddings)
         _ = run.prompt  # opens and checks the tokenizer
     _check_room(run)
@@ -162,6 +162,8 @@ def execute(run: Run, stage: str | None = None, show_example: bool = False) -> N
 
     `show_example` prints the first pair as tokens as soon as it is prepared.
     """
+    from main_jax.report.page import refresh_report  # which opens runs by this module
+
     if stage == "prepare" and run.world:
         execute(run, "world")
     if stage is not None:
@@ -173,6 +175,7 @@ def execute(run: Run, stage: str | None = None, show_example: bool = False) -> N
             run.execute(name)
         manifest = {"versions": versions(), "stages": list(run.stages), "seconds": run.seconds()}
         pairs.write_json(run.path / "manifest.json", manifest)
+        refresh_report(run.path)
         if show_example and first() and name in ("prepare", stage):
             print((run.directory("prepare") / "example.txt").read_text(encoding="utf-8"))
     if stage in (None, "evaluate"):
@@ -203,7 +206,7 @@ def _check_room(run: Run) -> None:
     finals += 1  # the exported one
     if config.world is None:
         parameters = run.base.decoder.config.num_params()
-        files = sum(epath.Path(run.input_path(n)).stat().length for n in ("seed", "responses"))
+        files = sum(source.size_bytes() or 0 for source in run.sources.values())
     else:
         from main_jax.world.build import decoder_config
 

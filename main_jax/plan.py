@@ -16,11 +16,13 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import numpy as np
-from etils import epath
 
 from main_jax import pairs
 from main_jax.align import round_zero
 from main_jax.config import Config
+from main_jax.data.files import Missing
+from main_jax.data.reading import read_pairs, read_responses
+from main_jax.data.sources import open_source
 from main_jax.errors import UserError
 from main_jax.hub import find_config
 from main_jax.lm import hf
@@ -61,14 +63,17 @@ def work_of(config: Config, given: dict[str, int | None]) -> Work:
     work, data = Work(), config.data
     if config.world is not None:
         work = Work(config.world.seed_pairs, config.world.responses, 10, 25)
-    for path, read in (
-        (data.seed_path, pairs.read_pairs),
-        (data.responses_path, pairs.read_responses),
+    for path, columns, read in (
+        (data.seed_path, data.seed_columns, read_pairs),
+        (data.responses_path, data.responses_columns, read_responses),
     ):
-        file = epath.Path(path or "").expanduser()
-        if not path or not file.exists():
+        try:
+            source = open_source(path, columns=columns) if path else None
+            if source is None or source.size_bytes() is None:
+                continue  # on the hub
+        except Missing:
             continue
-        rows = read(str(file))
+        rows = read(source)
         tokens = np.mean([len(row["response"] or "") for row in rows]) / CHARACTERS
         work = work._replace(response_tokens=float(tokens))
         if path == data.seed_path:

@@ -24,6 +24,8 @@ from etils import epath
 
 from main_jax import __version__
 from main_jax.config import Config
+from main_jax.data.files import digest, files_below
+from main_jax.data.sources import Source, open_source
 from main_jax.errors import UserError
 from main_jax.lm.multihost import barrier, first
 from main_jax.lm.progress import say
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 ANY_RESULT = ("compile_cache", "preemption_exit_code")
 """Keys of `runtime` that no result depends on."""
+DATA = ("seed", "responses")
 
 
 @dataclass(frozen=True)
@@ -81,22 +84,25 @@ class Run:
         """Whether model and data are the embedded world's."""
         return self.config.world is not None
 
-    def input_path(self, name: str) -> str:
-        """The path of `model`, `seed` or `responses`: the world's, else the user's."""
+    @cached_property
+    def sources(self) -> dict[str, Source]:
+        """Where `seed` and `responses` come from: the world's files, else the user's. Raises UserError."""
         if self.world:
-            files = {"model": "base", "seed": "seed.jsonl", "responses": "responses.jsonl"}
-            return str(self.directory("world") / files[name])
-        if name == "model":
-            return self._model_path
-        data = self.config.data
-        paths = {"seed": data.seed_path, "responses": data.responses_path}
-        return str(epath.Path(paths[name] or "").expanduser())
+            files = {name: self.directory("world") / f"{name}.jsonl" for name in DATA}
+            return {name: open_source(str(file)) for name, file in files.items()}
+        given = vars(self.config.data)
+        return {
+            name: open_source(given[f"{name}_path"], f"data.{name}_path", given[f"{name}_columns"])
+            for name in DATA
+        }
 
     @cached_property
-    def _model_path(self) -> str:
-        """The user's model, fetched first where it is a name on the hub. Raises UserError."""
+    def model_path(self) -> str:
+        """The world's model or the user's, fetched first where it is a name on the hub. Raises UserError."""
         from main_jax.hub import find_model
 
+        if self.world:
+            return str(self.directory("world") / "base")
         return find_model(self.config.model_name_or_path or "", "model_name_or_path")
 
     @cached_property
@@ -104,7 +110,7 @@ class Run:
         """The base model's checkpoint."""
         from main_jax.models import open_checkpoint
 
-        return open_checkpoint(self.input_path("model"), self.config.runtime)
+        return open_checkpoint(self.model_path, self.config.runtime)
 
     @cached_property
     def prompt(self) -> Prompt:
@@ -134,7 +140,7 @@ class Run:
         """Runs one stage, or says that it is done. Raises UserError when an earlier one is missing."""
         self.check_needs(name)
         stage, directory = self.stages[name], self.directory(name)
-        fingerprint, old = self.fingerprint(name), self._manifest(name)
+        fingerprint, old = self.fingerprint(name), self.manifest(name)
         left = files_below(directory)
         barrier(f"{name}: seen")  # by all alike, before the first process changes anything
         if old and old["fingerprint"] != fingerprint:
@@ -186,24 +192,24 @@ class Run:
 
     def is_current(self, name: str) -> bool:
         """Whether what is there of a stage, finished or not, belongs to this configuration."""
-        return self._manifest(name).get("fingerprint") == self.fingerprint(name)
+        return self.manifest(name).get("fingerprint") == self.fingerprint(name)
 
     def is_done(self, name: str) -> bool:
         """Whether a stage is finished for this configuration."""
-        return self.is_current(name) and self._manifest(name)["status"] == "done"
+        return self.is_current(name) and self.manifest(name)["status"] == "done"
 
     def check_base(self) -> None:
         """Raises UserError where the base model is not the one that the run was made from."""
         if self.world:
             return
-        if digest(epath.Path(self.input_path("model"))) != self._file_digests["model"]:
+        if digest(epath.Path(self.model_path)) != self._file_digests["model"]:
             raise UserError(
                 f"model_name_or_path: {self.base.path} has changed since this run was made from it"
             )
 
     def seconds(self) -> dict[str, float]:
         """Seconds of every stage that is done."""
-        done = {name: self._manifest(name) for name in self.stages}
+        done = {name: self.manifest(name) for name in self.stages}
         return {name: m["seconds"] for name, m in done.items() if m.get("status") == "done"}
 
     def fingerprint(self, name: str) -> str:
@@ -223,7 +229,7 @@ class Run:
         sections = {name: values[name] for name in stage.sections}
         if "data" in sections:  # the files count by their content, not by their names
             sections["data"] = {
-                k: v for k, v in sections["data"].items() if not k.endswith("_path")
+                k: v for k, v in sections["data"].items() if not k.endswith(("_path", "_license"))
             }
         if "prompt" in sections:  # so does a template file
             sections["prompt"] = sections["prompt"] | {"template": self.template}
@@ -238,18 +244,19 @@ class Run:
     @cached_property
     def _file_digests(self) -> dict[str, str]:
         if self.from_manifest:
-            return self._manifest("prepare").get("inputs", {})
-        return {
-            name: digest(epath.Path(self.input_path(name)))
-            for name in ("model", "seed", "responses")
-        }
+            return self.manifest("prepare").get("inputs", {})
+        found = {name: source.fingerprint() for name, source in self.sources.items()}
+        for path in self.config.clean.decontaminate:
+            found[f"clean {path}"] = open_source(path, "clean.decontaminate").fingerprint()
+        return {"model": digest(epath.Path(self.model_path))} | found
 
     def _inputs(self, stage: Stage) -> dict[str, str]:
         """Digests of what the stage reads: the user's files, and the tables of the stages before."""
         tables = {needed: self.directory(needed) / "data" for needed in stage.needs}
         return self._files(stage) | {n: digest(t) for n, t in tables.items() if t.exists()}
 
-    def _manifest(self, name: str) -> dict[str, Any]:
+    def manifest(self, name: str) -> dict[str, Any]:
+        """What a stage has recorded of itself; empty before it has begun."""
         path = self.directory(name) / "manifest.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
@@ -257,37 +264,6 @@ class Run:
 def derive_seed(seed: int, purpose: str) -> int:
     """A 32-bit seed of its own for every purpose."""
     return int.from_bytes(hashlib.sha256(f"{seed}\0{purpose}".encode()).digest()[:4], "big")
-
-
-def digest(path: epath.Path) -> str:
-    """sha256 of a file, or of a folder's files with their names.
-
-    Of a file above 64 MiB in a folder (weights) only the size, the first and last MiB and one MiB in
-    sixteen evenly spaced places are read.
-    """
-    found = hashlib.sha256()
-    files = sorted(files_below(path))
-    for file in files:
-        size = file.stat().length
-        name = "" if file == path else str(file.relative_to(path))
-        found.update(f"{name}\0{size}\0".encode())
-        block = 1 << 20
-        with file.open("rb") as handle:
-            if size <= 64 * block or file == path:
-                while chunk := handle.read(64 * block):
-                    found.update(chunk)
-                continue
-            for i in range(18):
-                handle.seek((size - block) * i // 17)
-                found.update(handle.read(block))
-    return found.hexdigest()
-
-
-def files_below(path: epath.Path) -> list[epath.Path]:
-    """The file itself, or all files of a folder; object stores do not list recursively."""
-    if not path.is_dir():
-        return [path] if path.exists() else []
-    return [file for child in path.iterdir() for file in files_below(child)]
 
 
 def versions() -> dict[str, str]:

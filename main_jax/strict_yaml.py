@@ -46,7 +46,11 @@ def load_config(cls: type[T], path: str | None, overrides: Sequence[str] = ()) -
     values = {} if path is None else _read(Path(path))
     for key, value in parse_overrides(overrides):
         _set(values, key, value)
-    source = path or "command line"
+    return from_mapping(cls, values, path or "command line")
+
+
+def from_mapping(cls: type[T], values: dict, source: str) -> T:
+    """An instance of the dataclass `cls`; an error begins with `source`. Raises UserError, one line."""
     try:
         return _build(cls, values, "")
     except ValueError as error:

@@ -24,10 +24,11 @@ from score_reference import ROWS, TEMPLATES, largest_difference, make_pair, refe
 from tiny_llama import make_tiny_llama
 
 from main_jax.cli import main
+from main_jax.data.sources import open_source
 from main_jax.filter import SCORES
 from main_jax.lm.hf import load_checkpoint
 from main_jax.lm.model import Decoder
-from main_jax.pairs import COLUMNS, read_rows
+from main_jax.pairs import COLUMNS
 
 try:
     import torch
@@ -61,7 +62,7 @@ def write(path: Path, rows) -> Path:
 
 
 def read(path: Path) -> list[dict]:
-    return [row for _, row in read_rows(str(path))]
+    return [row.values for row in open_source(str(path))]
 
 
 def call(capsys, *arguments) -> tuple[int, str, str]:
@@ -618,7 +619,7 @@ def test_mistakes_in_the_data(own, tiny, tmp_path, capsys):
         (write(tmp_path / "columns.jsonl", [{"words": "w"}]), "row 1: missing column: expected response or"),
         (write(tmp_path / "blank.jsonl", [{"text": ""}] * 3),
          "blank.jsonl: no usable row is left of 3 (empty_response 3)"),
-        (write(tmp_path / "most.jsonl", [{"text": ""}] * 3 + [{"text": "x"}] * 2),
+        (write(tmp_path / "most.jsonl", [{"text": ""}] * 3 + [{"text": t} for t in "xy"]),
          "most.jsonl: 3 of 5 rows cannot be used (empty_response 3), more than data.max_drop_share 0.5"),
     ]:  # fmt: skip
         assert expected in _last_line(capsys, "run", config, "--data.responses_path", file)

@@ -20,6 +20,10 @@ CHOSEN: dict[str, Any] = {  # where a value of the right type is not enough
     "filter.select": "quantile",
     "finetune.arms": ["none", "random"],
     "prompt.template": "plain",
+    "clean.decontaminate": ["tests.jsonl"],
+    "clean.drop_patterns": ["cookie"],
+    "data.seed_columns": {"instruction": "question"},
+    "data.responses_columns": {"response": "body"},
 }
 
 

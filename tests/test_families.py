@@ -22,6 +22,7 @@ from score_reference import ROWS, largest_difference, reference
 from tiny_llama import FAMILIES, make_tiny_llama, tiny_config
 
 from main_jax.config import Runtime
+from main_jax.data.sources import open_source
 from main_jax.lm.arch import PRESETS, DecoderConfig, RopeScaling
 from main_jax.lm.generate import Sampling, generate
 from main_jax.lm.hf import (
@@ -35,7 +36,6 @@ from main_jax.lm.hf_config import FAMILIES as OURS
 from main_jax.lm.hf_config import HONOURED_VALUES, IGNORED_FIELDS, from_hf, to_hf
 from main_jax.lm.model import Decoder
 from main_jax.models import open_checkpoint
-from main_jax.pairs import read_rows
 from main_jax.tools import generate_file, score_file
 
 try:
@@ -292,7 +292,7 @@ def test_generate_verb_equals_transformers(exported, tmp_path):
         str(exported.path), str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"),
         template="none", sampling=Sampling(max_new_tokens=NEW), batch_size=8,
     )  # fmt: skip
-    found = [row for _, row in read_rows(str(tmp_path / "out.jsonl"))]
+    found = [row.values for row in open_source(str(tmp_path / "out.jsonl"))]
     assert [row["instruction"] for row in found] == texts
     for row in found:
         ids = tokenizer.encode(row["instruction"], add_special_tokens=False).ids
@@ -312,7 +312,7 @@ def test_score_verb_equals_transformers(case, tmp_path):
         str(case.path), None, str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"),
         template="plain", tokens_per_batch=1024,
     )  # fmt: skip
-    found = [row for _, row in read_rows(str(tmp_path / "out.jsonl"))]
+    found = [row.values for row in open_source(str(tmp_path / "out.jsonl"))]
     expected = reference(case.path, case.path, "plain", rows)
     assert max(row["forward_tokens"] for row in expected) > 100  # beyond the windows of 48
     assert largest_difference(found, expected) < 1e-4

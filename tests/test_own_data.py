@@ -205,6 +205,7 @@ def test_the_whole_pipeline(own, tmp_path, capsys):
     assert "36 seed, 2 seed empty instruction, 1 seed empty response, 1 seed too long" in err
     reasons = {r["id"]: r["drop_reason"] for r in rows(run, "score") if r["drop_reason"]}
     given = {r["id"]: r["content"] for r in response_rows()}
+    assert reasons.pop("doc/55") == "duplicate"  # of doc/3
     for i, reason in reasons.items():
         text = given[i]
         assert reason == "empty_instruction" or (
@@ -431,6 +432,7 @@ def test_stage_by_stage_with_everything_set_otherwise(own, tmp_path, capsys):
                "weighting": {"strategy": "softmax"}},
         finetune={**training, "arms": ["none", "random"]},
         filter={"by": "mutual_z", "select": "top_k", "keep": 7},
+        clean={"duplicates": False},
     )  # fmt: skip
     for stage in STAGES:
         later = STAGES[STAGES.index(stage) + 1 :]
@@ -515,3 +517,49 @@ def test_no_rounds_and_too_many_drops(own, tmp_path, capsys):
     assert len(set(ids)) == 60
     assert [r["response"] for r in rows(run, "filter")] == [t["text"] for t in texts]
     assert list(json.loads((run / "results.json").read_text())["arms"]) == ["mutual"]
+
+
+def test_cleaning_leaves_a_reason_and_is_part_of_the_fingerprint(own, tmp_path, capsys):
+    values, _ = own
+    lines = [f"The sum of {i} and 1 is {i + 1}." for i in range(44)]
+    (tmp_path / "tests.jsonl").write_text(
+        json.dumps({"question": "so: the sum of 7 and 1?", "n": 3}) + "\n"
+        + json.dumps({"question": "add 9 and 2 now please"}) + "\n"
+    )  # fmt: skip
+    rules = {
+        "decontaminate": [str(tmp_path / "tests.jsonl")], "decontaminate_ngram": 4,
+        "drop_patterns": [r"of 1\d and"], "near_duplicates": 0.9,
+    }  # fmt: skip
+    config = config_file(tmp_path / "c.yaml", values, output_dir=str(tmp_path / "run"), clean=rules)
+    code, _, err = call(capsys, "prepare", config)
+    assert code == 0, err
+    table = {
+        r["response"]: r["drop_reason"] for r in rows(tmp_path / "run", "prepare", "responses")
+    }
+    assert table[lines[7]] == "contaminated"  # "the sum of 7", "sum of 7 and", "of 7 and 1"
+    assert {table[line] for line in lines[10:20]} == {"pattern"}
+    others = [line for i, line in enumerate(lines) if i != 7 and not 10 <= i < 20]
+    assert {table[line] for line in others} == {None}
+    seed = rows(tmp_path / "run", "prepare", "seed") + rows(
+        tmp_path / "run", "prepare", "validation"
+    )
+    gone = {r["instruction"] for r in seed if r["drop_reason"] == "contaminated"}
+    assert gone == {"Add 9 and 2."}
+    counts = manifest(tmp_path / "run", "prepare")["counts"]
+    assert counts["responses_contaminated"] == 1 and counts["responses_pattern"] == 10
+    assert counts["responses_duplicate"] == 1 and counts["seed_contaminated"] == 2
+    assert call(capsys, "prepare", config)[2].splitlines() == ["prepare: done before, kept"]
+    (tmp_path / "tests.jsonl").write_text(json.dumps({"question": "nothing of ours"}) + "\n")
+    assert "the old results are kept" in call(capsys, "prepare", config)[2]
+    assert "responses_contaminated" not in manifest(tmp_path / "run", "prepare")["counts"]
+    # Declaring a licence changes no result.
+    licensed = config_file(tmp_path / "c.yaml", values, output_dir=str(tmp_path / "run"), clean=rules,
+                           data={"seed_license": "mit"})  # fmt: skip
+    assert call(capsys, "prepare", licensed)[2].splitlines() == ["prepare: done before, kept"]
+    for key, value, said in (
+        ("drop_patterns", "[(]", "clean.drop_patterns: '(' is no regular expression"),
+        ("decontaminate", "[nowhere.jsonl]", "clean.decontaminate: nowhere.jsonl"),
+        ("near_duplicates", "1.5", "clean: near_duplicates: expected a similarity"),
+    ):
+        code, _, err = call(capsys, "prepare", config, f"--clean.{key}", value)
+        assert code == 2 and said in err, err

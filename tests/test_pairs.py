@@ -14,10 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from main_jax import pairs
+from main_jax.data.reading import read_instructions, read_pairs, read_responses
+from main_jax.data.sources import open_source
 from main_jax.errors import UserError
 from main_jax.lm import progress
 from main_jax.lm.multihost import Preempted
-from main_jax.pairs import COLUMNS, read_instructions, read_pairs, read_responses
+from main_jax.pairs import COLUMNS
 
 
 def jsonl(path, rows, newline="\n"):
@@ -366,7 +368,7 @@ def test_tables_come_back(suffix, tmp_path):
     assert {n: table.schema.field(n).type for n in COLUMNS} == COLUMNS
     path = tmp_path / f"t{suffix}"
     pairs.write_table(path, table)
-    read = [row for _, row in pairs.read_rows(str(path))]
+    read = [row.values for row in open_source(str(path))]
     assert read == table.to_pylist()
     assert len(path.read_bytes().splitlines()) == 2 or suffix == ".parquet"
 
@@ -376,14 +378,15 @@ def test_jsonl_of_values_that_json_lacks(tmp_path):
     day = datetime.datetime(2024, 5, 6, 7, 8)
     path = tmp_path / "t.jsonl"
     pairs.write_table(path, pa.table({"when": [day], "x": [1.5]}))
-    assert pairs.read_rows(str(path)) == [(1, {"when": "2024-05-06 07:08:00", "x": 1.5})]
+    rows = [(row.number, row.values) for row in open_source(str(path))]
+    assert rows == [(1, {"when": "2024-05-06 07:08:00", "x": 1.5})]
 
 
 def test_half_a_surrogate_pair_in_a_users_own_column_is_kept(tmp_path):
     path = tmp_path / "t.jsonl"
     pairs.write_jsonl(path, [{"note": "\ud83d"}, {"note": "é"}])
     path.read_bytes().decode("utf-8")
-    assert [row["note"] for _, row in pairs.read_rows(str(path))] == ["\ud83d", "é"]
+    assert [row.values["note"] for row in open_source(str(path))] == ["\ud83d", "é"]
 
 
 def test_empty_tables_keep_their_columns():

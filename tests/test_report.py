@@ -1,0 +1,537 @@
+"""The report: figures worked out by hand, hostile texts, unfinished runs, its size, and a real browser."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import yaml
+from test_kill import SHORT
+
+from main_jax.cli import main
+from main_jax.errors import UserError
+from main_jax.pairs import table_of, write_table
+from main_jax.pipeline import existing_run
+from main_jax.report import charts, page
+from main_jax.report.files import LINE_POINTS, metrics
+from main_jax.report.page import POINTS, clock, refresh_report, write_report
+
+ROOT = Path(__file__).parent.parent
+TOOL = Path(sys.executable).with_name("main-jax")
+LIMIT = 5_000_000
+STAGES = ("prepare", "align", "augment", "score", "filter", "finetune", "evaluate")
+HOSTILE = (
+    "<script>alert('x')</script><img src=http://evil.example/a.png onerror=alert(1)> & \"it\" "
+    "\x00\u202e"
+)
+CONFIG = {
+    "model_name_or_path": "some/<b>model</b>", "seed": 3, "align": {"rounds": 1},
+    "filter": {"by": "mutual", "select": "fraction", "keep": 0.5},
+    "finetune": {"arms": ["none", "mutual"]},
+}  # fmt: skip
+
+
+class Page(HTMLParser):
+    """What a browser would make of the page: elements, their attributes, texts by id, tables by id."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags, self.attributes, self.texts, self.tables = [], [], {}, {}
+        self._open, self._table, self._cell, self._style = [], [], False, False
+        self.style = self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, k, v or "") for k, v in attrs]
+        self._style = tag == "style"
+        name = dict(attrs).get("id")
+        if tag == "table":
+            self._table = self.tables.setdefault(name, [])
+        elif tag == "tr":
+            self._table.append([])
+        elif tag in ("td", "th"):
+            self._table[-1].append("")
+            self._cell = True
+        elif name:
+            self._open.append((tag, name))
+            self.texts[name] = ""
+
+    def handle_endtag(self, tag):
+        self._style = False
+        if tag in ("td", "th"):
+            self._cell = False
+        if self._open and self._open[-1][0] == tag:
+            self._open.pop()
+
+    def handle_data(self, data):
+        if self._style:
+            self.style += data
+            return
+        self.text += data
+        for _, name in self._open:
+            self.texts[name] += data
+        if self._cell:
+            self._table[-1][-1] += data.strip()
+
+
+def make_run(folder: Path, rows: list[dict], until: str = "evaluate", config=CONFIG) -> Path:
+    """A run directory of one's own files as the stages write it, up to and with `until`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    run = existing_run(str(folder))
+    for number, stage in enumerate(STAGES[: STAGES.index(until) + 1], start=1):
+        directory = folder / "stages" / f"{number:02}-{stage}"
+        directory.mkdir(parents=True)
+        counts = {"none_kept": 6, "mutual_kept": 3} if stage == "finetune" else {}
+        manifest = {
+            "status": "done", "fingerprint": run.fingerprint(stage), "counts": counts,
+            "seconds": 30.0 * number,
+            "config": {"filter": config["filter"]}, "versions": {"jax": f"0.{min(number, 2)}"},
+        }  # fmt: skip
+        (directory / "manifest.json").write_text(json.dumps(manifest))
+        data = directory / "data"
+        if stage == "prepare":
+            write_table(data / "responses" / "part-00000.parquet", at(rows[:5], stage))
+            write_table(data / "responses" / "part-00001.parquet", at(rows[5:], stage))
+            seed = [{"id": f"s{i}", "drop_reason": "too_long" if i < 2 else None} for i in range(9)]
+            write_table(data / "seed" / "part-00000.parquet", table_of(seed))
+            write_table(data / "validation" / "part-00000.parquet", table_of([{"id": "v"}]))
+        elif stage in ("augment", "score", "filter"):
+            write_table(data / "part-00000.parquet", at(rows, stage))
+        elif stage == "align":
+            for k, direction in ((k, d) for k in range(2) for d in ("forward", "reverse")):
+                log(directory / f"round-{k}" / direction, steps=4, aligned=k > 0)
+        elif stage == "finetune":
+            for arm in ("none", "mutual"):
+                log(directory / arm, steps=5)
+        else:
+            nll = {"none": 2.25, "mutual": 1.5}
+            arms = {
+                a: {"kept_pairs": 1, "validation_nll_nats_per_token": v} for a, v in nll.items()
+            }
+            results = {
+                "arms": arms, "base": {"validation_nll_nats_per_token": 3.0},
+                "pairs": {"seed": 9, "validation": 1, "augmented": len(rows)},
+            }  # fmt: skip
+            (directory / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+def log(directory: Path, steps: int, aligned: bool = False) -> None:
+    directory.mkdir(parents=True)
+    lines = [
+        {"step": i + 1, "loss_nats": 2.0 / (i + 1), "seed_nll_nats_per_token": 2.0 / (i + 1),
+         "aligned_nll_nats_per_token": 1.0 / (i + 1) if aligned else None,
+         "alpha": 0.6 if aligned else 0.0}
+        for i in range(steps)
+    ]  # fmt: skip
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (directory / "metrics.jsonl").write_text(text + '{"step": 99, "loss')  # a line half written
+
+
+DROPPED_BY = {"empty_response": "prepare", "empty_instruction": "augment", "too_long": "score"}
+
+
+def at(rows: list[dict], stage: str) -> pa.Table:
+    """The table as this stage leaves it: later drops and figures are not there yet."""
+    order = ("prepare", "augment", "score", "filter")
+    done = []
+    for row in rows:
+        reason = row["drop_reason"]
+        since = "filter" if reason and reason.startswith("filter_") else DROPPED_BY.get(reason, "")
+        if reason and order.index(since) > order.index(stage):
+            row = row | {"drop_reason": None}
+        if stage in ("prepare", "augment"):
+            row = {k: v for k, v in row.items() if "nll" not in k and "tokens" not in k}
+        if stage != "filter":
+            row = {k: v for k, v in row.items() if k not in ("mutual", "ifd")}
+        done.append(row)
+    return table_of(done)
+
+
+def pair(i: int, mutual: float | None, reason: str | None = None, **more) -> dict:
+    """A pair with NLLs of `mutual` nats per token forward and twice that reverse."""
+    row = {"id": f"doc/{i}", "instruction": f"ask {i}", "response": f"say {i}", "weight": 1.0,
+           "keep": reason is None, "drop_reason": reason, "truncated": i % 2 == 0,
+           "finish_reason": "stop"}  # fmt: skip
+    if mutual is not None:
+        row |= {"forward_nll_sum": 10 * mutual, "forward_tokens": 10, "reverse_nll_sum": 8 * mutual,
+                "reverse_tokens": 4, "mutual": mutual, "ifd": 1.125 - mutual}  # fmt: skip
+    return row | more
+
+
+@pytest.fixture
+def rows() -> list[dict]:
+    """Ten texts: one empty, one without an instruction, two too long, three cut, three kept."""
+    return [
+        pair(0, 0.25), pair(1, 0.375, response=HOSTILE), pair(2, 0.4375, instruction=HOSTILE),
+        pair(3, 0.625, "filter_mutual"), pair(4, 0.75, "filter_mutual"), pair(5, 1.0, "filter_mutual"),
+        pair(6, None, "empty_response", response=""), pair(7, None, "empty_instruction"),
+        pair(8, None, "too_long"), pair(9, None, "too_long", id="<i>nine</i>"),
+    ]  # fmt: skip
+
+
+def read(run: Path) -> Page:
+    return Page(write_report(run).read_text())
+
+
+def test_figures_are_those_worked_out_by_hand(tmp_path, rows):
+    page = read(make_run(tmp_path / "run", rows))
+    assert {k: page.texts[k] for k in ("read", "kept", "cut")} == {
+        "read": "10", "kept": "3", "cut": "0.4375"
+    }  # fmt: skip
+    assert page.texts["seconds"] == "14.0 min"  # 30 s · (1 + ... + 7)
+    assert [row[:2] + row[3:] for row in page.tables["funnel-table"][1:]] == [
+        ["read", "10", ""],
+        ["prepare", "9", "empty_response 1"],
+        ["augment", "8", "empty_instruction 1"],
+        ["score", "6", "too_long 2"],
+        ["filter", "3", "filter_mutual 3"],
+    ]
+    assert page.texts["seed"].startswith(
+        "Seed pairs: 10 read, 2 dropped as too_long, 1 held out, 7 for training. "
+        "The final set is 10 pairs"
+    )
+    assert page.tables["arms-table"][1:] == [
+        ["base", "–", "3"], ["none", "6", "2.25"], ["mutual", "3", "1.5"]
+    ]  # fmt: skip
+    assert "6 scored pairs; lower is better, and the 3 on the left" in page.text
+    assert "keeps ≤ 0.4375" in page.text
+    assert "keeps ≥ 0.6875" in page.text  # the third best ifd: 0.875, 0.75, 0.6875
+    assert page.texts["truncated"].startswith("3 of 6 scored pairs were truncated")
+    assert ["jax", "0.1, 0.2"] in page.tables[None]
+    assert "forward 0.4375 (10 tokens)" in page.text
+    assert "reverse 0.875 (4 tokens)" in page.text
+    for level in (
+        "best kept",
+        "first cut",
+        "worst",
+        "dropped: too_long",
+        "dropped: empty_response",
+    ):
+        assert level in page.text
+
+
+def test_texts_cannot_become_markup(tmp_path, rows):
+    html = write_report(make_run(tmp_path / "run", rows)).read_text()
+    page = Page(html)
+    assert "script" not in page.tags and "img" not in page.tags and "i" in page.tags
+    assert page.text.count("<script>alert('x')</script>") == 2  # as text, where it is an example
+    assert (
+        "<i>nine</i>" not in page.text
+    )  # of each drop reason one row is shown, and it is the second
+    assert "some/<b>model</b>" in page.text and "b" in page.tags
+    assert not [a for _, a, _ in page.attributes if a.startswith("on")]
+    assert "\x00" not in html and "\u202e" not in html
+
+
+def check_self_contained(page: Page) -> None:
+    for _, name, value in page.attributes:
+        if name in ("src", "href", "srcset", "action", "data", "poster", "xlink:href"):
+            assert value == "data:," or value.startswith("#"), value
+    assert "url(" not in page.style and "@import" not in page.style
+    assert not {"script", "iframe", "object", "embed", "form", "base"} & set(page.tags)
+    policy = next(v for t, k, v in page.attributes if t == "meta" and v.startswith("default-src"))
+    assert policy.startswith("default-src 'none'") and "script" not in policy
+
+
+def test_self_contained_and_made_for_a_phone(tmp_path, rows):
+    page = read(make_run(tmp_path / "run", rows))
+    check_self_contained(page)
+    assert ("meta", "content", "width=device-width, initial-scale=1") in page.attributes
+    assert "prefers-color-scheme: dark" in page.style
+    anchors = {v for _, k, v in page.attributes if k == "id"}
+    assert {v[1:] for _, k, v in page.attributes if k == "href" and v[:1] == "#"} <= anchors
+
+
+@pytest.mark.parametrize("until", STAGES)
+def test_after_every_stage(tmp_path, rows, until):
+    page = read(make_run(tmp_path / "run", rows, until))
+    done = STAGES[: STAGES.index(until) + 1]
+    left = [*STAGES[len(done) :], "export"]
+    assert f"Not begun: {', '.join(left)}." in page.text
+    assert ("The scores of the pairs: not there yet" in page.text) == ("score" not in done)
+    assert ("What the training brought: not there yet" in page.text) == ("evaluate" not in done)
+    assert page.texts["cut"] == ("0.4375" if "filter" in done else "–")
+    assert len(page.tables["funnel-table"]) == 2 + len(
+        set(done) & {"prepare", "augment", "score", "filter"}
+    )
+
+
+def test_within_a_stage(tmp_path, rows):
+    run = make_run(tmp_path / "run", rows, "augment")
+    stage = run / "stages" / "03-augment"
+    write_table(stage / "data" / "part-00000.parquet", at(rows[:7], "augment"))
+    manifest = json.loads((stage / "manifest.json").read_text()) | {"status": "running"}
+    (stage / "manifest.json").write_text(json.dumps(manifest))
+    page = read(run)
+    assert "Unfinished: augment." in page.text
+    assert page.tables["funnel-table"][-1][3] == "7 of 10 rows written so far"
+
+
+def test_results_of_older_settings_are_not_mixed_with_new_ones(tmp_path, rows):
+    run = make_run(tmp_path / "run", rows)
+    config = run / "config.yaml"
+    config.write_text(yaml.safe_dump(CONFIG | {"augment": {"sampling": {"max_new_tokens": 9}}}))
+    page = read(run)
+    old = "augment, score, filter, finetune, evaluate."
+    assert f"the run now has, or by another version: {old}" in page.text
+    assert page.texts["read"] == "10" and page.texts["kept"] == page.texts["cut"] == "–"
+    assert len(page.tables["funnel-table"]) == 3 and "arms-table" not in page.tables
+    # All of it by an older version: shown as it is, and said.
+    config.write_text(yaml.safe_dump(CONFIG | {"prompt": {"max_length": 9}}))
+    page = read(run)
+    assert f"or by another version: prepare, align, {old}" in page.text
+    assert page.texts["kept"] == "3" and "arms-table" in page.tables
+    # Keys that this version does not know.
+    config.write_text(yaml.safe_dump(CONFIG | {"once": {"upon": "a time"}}))
+    assert read(run).texts["kept"] == "3"
+
+
+@pytest.mark.parametrize("what", ["nothing scored", "nothing kept", "filter none", "no stage"])
+def test_runs_at_the_edge(tmp_path, rows, what):
+    config = CONFIG
+    if what == "nothing scored":
+        rows = [pair(i, None, "too_long") for i in range(10)]
+    elif what == "nothing kept":
+        rows = [pair(i, 0.5, "filter_mutual") for i in range(10)]
+    elif what == "filter none":
+        config = CONFIG | {"filter": {"by": "none", "select": "fraction", "keep": 1.0}}
+        rows = [pair(i, 0.5) for i in range(10)]  # all the same
+    run = make_run(tmp_path / "run", rows, config=config)
+    if what == "no stage":
+        shutil.rmtree(run / "stages")
+    page = read(run)
+    assert page.texts["cut"] == "–"
+    kept = {"nothing kept": "0", "filter none": "10"}
+    assert page.texts["kept"] == kept.get(what, "–")
+    none = "The scores of the pairs: none; stage score is done."
+    assert (none in page.text) == (what == "nothing scored")
+
+
+def test_no_run_is_a_mistake_of_the_user(tmp_path, capsys):
+    with pytest.raises(UserError, match="no run here"):
+        write_report(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert main(["report", str(tmp_path)]) == 2
+    assert "no run here" in capsys.readouterr().err
+
+
+def test_the_verb(tmp_path, rows, capsys):
+    run = make_run(tmp_path / "run", rows)
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out.strip() == str(run / "report.html")
+    assert (run / "report.html").exists()
+
+
+def test_no_device_is_touched(tmp_path, rows):
+    """A run may be at work on all of them."""
+    run = make_run(tmp_path / "run", rows)
+    environment = os.environ | {"JAX_PLATFORMS": "no_such_platform"}
+    done = subprocess.run([TOOL, "report", run], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert (run / "report.html").exists()
+
+
+def test_a_failing_report_stops_no_run(tmp_path, rows, capsys):
+    run = make_run(tmp_path / "run", rows)
+    refresh_report(run)
+    assert (run / "report.html").exists()
+    (run / "stages/05-filter/data/part-00000.parquet").write_bytes(b"no Parquet\nat all")
+    refresh_report(run)
+    err = capsys.readouterr().err
+    assert err.startswith("report: not written (") and err.count("\n") == 1
+    assert not list(run.rglob("*.tmp"))
+
+
+def test_the_page_is_a_function_of_the_files(tmp_path, rows):
+    run = make_run(tmp_path / "run", rows)
+    assert write_report(run).read_bytes() == write_report(run).read_bytes()
+
+
+def test_two_hundred_thousand_rows(tmp_path, rows):
+    """The page stays small and says that it shows a sample; the figures still count every row."""
+    n, rng = 200_000, np.random.default_rng(0)
+    score, length = rng.random(n), rng.integers(5, 700, n)
+    kept = score < 0.25
+    text = "<b>" + "long " * 400 + "text"
+    table = pa.table({
+        "id": [f"doc/{i}" for i in range(n)],
+        "instruction": pa.array([text]).take(pa.array(np.zeros(n, int))),
+        "input": pa.nulls(n, pa.string()),
+        "response": [f"{i} done" for i in range(n)],
+        "forward_nll_sum": rng.gamma(4, 0.3, n) * length, "forward_tokens": length,
+        "reverse_nll_sum": rng.gamma(4, 0.3, n) * length, "reverse_tokens": length,
+        "keep": kept, "drop_reason": pa.array(np.where(kept, None, "filter_mutual"), pa.string()),
+        "truncated": np.zeros(n, bool), "finish_reason": pa.nulls(n, pa.string()), "mutual": score,
+        **{name: rng.standard_normal(n) for name in ("mutual_z", "forward_ce", "reverse_ce", "pmi")},
+    })  # fmt: skip
+    run = make_run(tmp_path / "run", rows)
+    write_table(run / "stages/05-filter/data/part-00000.parquet", table)
+    html = write_report(run).read_text()
+    page = Page(html)
+    assert len(html.encode()) < LIMIT
+    assert page.texts["kept"] == f"{kept.sum():,}"
+    assert float(page.texts["cut"]) == pytest.approx(score[kept].max(), rel=1e-3)
+    assert f"A seeded sample of {POINTS:,} of 200,000 pairs" in page.text
+    assert page.tags.count("circle") == POINTS + 3  # and the models of the result
+    best = int(np.argmin(score))
+    assert f"{best} done" in page.text and "<b>long long" in page.text
+
+
+def test_long_curves_are_thinned_to_means(tmp_path):
+    lines = [{"step": i + 1, "loss_nats": float(i % 2)} for i in range(LINE_POINTS * 10)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    steps, values = metrics(tmp_path / "metrics.jsonl")["loss_nats"]
+    assert len(steps) == LINE_POINTS and set(values) == {0.5}
+    assert steps[0] == 5.5  # the mean of steps 1 to 10
+
+
+def test_histograms_count_every_value():
+    drawn = charts.histogram({"a": np.arange(10), "b": np.array([3, 3, 400])}, "tokens", cut=4.5)
+    counts = re.findall(r"<title>(\w): ([\d,]+) from", drawn)
+    assert sum(int(n) for name, n in counts if name == "a") == 10
+    assert sum(int(n) for name, n in counts if name == "b") == 3
+    odd = {"a": np.array([1.0, np.inf, np.nan]), "b": np.array([])}
+    assert len(re.findall("<title>a: 1 from", charts.histogram(odd, "nats"))) == 1
+    assert "no values" in charts.histogram({"b": np.array([np.nan])}, "nats")
+
+
+def test_axes_have_round_ticks_and_hold_what_lies_beyond():
+    axis = charts.Axis(0.0, 10.0, 0.0, 100.0)
+    assert axis.ticks == [0, 2, 4, 6, 8, 10]
+    assert [axis.at(x) for x in (-5, 0, 2.5, 10, 99)] == [0, 0, 25, 100, 100]
+    axis = charts.Axis(1.0, 3.0, 0.0, 1.0)
+    axis.whole()
+    assert axis.ticks == [1, 2, 3]
+    assert charts.Axis(7.0, 7.0, 0, 1).at(7.0) == 0.5  # all values the same
+
+
+def test_numbers_for_people():
+    shown = [charts.number(x) for x in (None, float("nan"), 0, 3, 1234567, 0.123456, 0.0000123)]
+    assert shown == ["–", "–", "0", "3", "1,234,567", "0.1235", "1.2e-05"]
+    assert [clock(s) for s in (0.014, 3.21, 65, 600, 86400)] == [
+        "0.014 s", "3.2 s", "65 s", "10.0 min", "24.0 hours"
+    ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------- a real browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, headless: the one on PATH, else playwright's own."""
+    required = os.environ.get("REQUIRE_BROWSER")  # continuous integration: no browser is a failure
+    refuse = pytest.fail if required else pytest.skip
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        refuse("no playwright: pip install playwright")
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+    with sync_playwright() as playwright:
+        found = next(filter(None, map(shutil.which, names)), None)
+        found = found or playwright.chromium.executable_path
+        if not Path(found).exists():
+            refuse("no browser: apt install chromium, or playwright install chromium")
+        opened = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+def check_in_browser(browser, page: Path) -> None:
+    """Nothing is asked of the network, nothing fails, nothing is wider than the screen, all is legible."""
+    for width, scheme in ((390, "light"), (390, "dark"), (1280, "light"), (1280, "dark")):
+        context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme)
+        tab = context.new_page()
+        asked, wrong = [], []
+        tab.on("request", lambda r, asked=asked: asked.append(r.url))
+        tab.on("requestfailed", lambda r, wrong=wrong: wrong.append(r.url))
+        tab.on("console", lambda m, wrong=wrong: wrong.append(m.text))
+        tab.on("pageerror", lambda e, wrong=wrong: wrong.append(str(e)))
+        tab.on("dialog", lambda d, wrong=wrong: wrong.append(d.message))
+        tab.goto(page.as_uri())
+        assert asked == [page.as_uri()] and not wrong
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        # Charts have a size and lie within their card; text stands out from the paper.
+        boxes = tab.evaluate(
+            "[...document.querySelectorAll('svg')].map(s => { const b = s.getBoundingClientRect();"
+            "const c = s.closest('.chart').getBoundingClientRect();"
+            "return [b.width, b.height, b.left - c.left, c.right - b.right] })"
+        )
+        assert boxes and all(w >= 280 and h >= 50 and a >= 0 and b >= 0 for w, h, a, b in boxes)
+        ink, paper = tab.evaluate(
+            "(s => [s.color, s.backgroundColor])(getComputedStyle(document.body))"
+        )
+        assert contrast(ink, paper) > 7
+        assert (luminance(paper) < 0.2) == (scheme == "dark")
+        context.close()
+
+
+def luminance(colour: str) -> float:
+    parts = [int(x) / 255 for x in re.findall(r"\d+", colour)[:3]]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
+
+
+def contrast(a: str, b: str) -> float:
+    """WCAG's contrast ratio."""
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_in_a_browser(tmp_path, rows, browser):
+    check_in_browser(browser, write_report(make_run(tmp_path / "run", rows)))
+
+
+def test_the_browser_test_sees_what_is_loaded(tmp_path, rows, browser):
+    page = write_report(make_run(tmp_path / "run", rows))
+    page.write_text(page.read_text().replace("</main>", '<img src="gone.png"></main>'))
+    with pytest.raises(AssertionError):
+        check_in_browser(browser, page)
+
+
+@pytest.mark.slow
+def test_a_real_run(tmp_path, browser):
+    """The shortened demo: all stages done, true and flawed pairs, the arms' figures as in results.json."""
+    run = tmp_path / "run"
+    overrides = [
+        w for k, v in SHORT.items() for w in (f"--{k}", yaml.safe_dump(v, default_flow_style=True))
+    ]
+    command = [TOOL, "run", ROOT / "configs/demo.yaml", "--output_dir", run, *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    written = (run / "report.html").read_bytes()  # by the run itself
+    page = read(run)
+    assert (run / "report.html").read_bytes() == written
+    assert "Not all stages are done" not in page.text
+    check_self_contained(page)
+    results = json.loads((run / "results.json").read_text())
+    for row in page.tables["arms-table"][1:]:
+        figures = results["arms"][row[0]]
+        assert row[2] == f"{figures['precision']:.3f}"
+        held_out, interval = row[3][:5], row[3][5:]
+        assert held_out == f"{figures['heldout']:.3f}"
+        assert re.fullmatch(r"[01]\.\d\d–[01]\.\d\d", interval)
+    for text in ("true", "flawed (", "The world's base model", "α (share of aligned pairs)"):
+        assert text in page.text
+    assert page.texts["read"] == "200" and page.texts["kept"] == "80"
+    check_in_browser(browser, run / "report.html")
+    # Another cut: what follows the filter no longer belongs to it.
+    again = [TOOL, "filter", run / "config.yaml", "--filter.keep", "0.2"]
+    subprocess.run(again, check=True, capture_output=True, timeout=120)
+    page = read(run)
+    assert page.texts["kept"] == "40"
+    assert "or by another version: finetune, evaluate, export." in page.text
+    assert "What the training brought: not there yet. Stage evaluate is outdated" in page.text
+
+
+def test_the_template_is_part_of_the_package():
+    assert Path(page.__file__).with_name("template.html").exists()

@@ -1,0 +1,103 @@
+"""A pool of many texts through the stages of a run, with the peak memory and the time of each.
+
+    python scripts/measure_pool.py [--responses 200000] [--folder DIR]
+
+The model is the embedded world's, small and hardly trained, the texts are its words at random, since what is
+measured is the data's way: prepare (with near-duplicate removal), augment, score, filter, export-data. Every
+stage is a process of its own; its peak is what the system says of it (ru_maxrss). Exit code 1 above 2 GB.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
+LIMIT_MB = 2000
+WORLD = {
+    "world.documents": 1000, "world.hidden_size": 32, "world.num_layers": 1, "world.responses": 500,
+    "world.pretraining.max_steps": 2,
+}  # fmt: skip
+OWN = {
+    "prompt.max_length": 128, "prompt.template": "none", "align.rounds": 0,
+    "align.round_0.max_steps": 2, "align.sampling.max_new_tokens": 4,
+    "augment.sampling.max_new_tokens": 4, "clean.near_duplicates": 0.8,
+    "runtime.chunk_rows": 4096, "runtime.generation_batch_size": 256,
+}  # fmt: skip
+
+
+def main() -> int:
+    """Run the stages, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--responses", type=int, default=200_000)
+    parser.add_argument("--folder", help="of the run; default: a temporary one")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(arguments.folder or temporary)
+        world = folder / "world"
+        measured(["prepare", CONFIG, "--output_dir", world, *options(WORLD)])
+        model = world / "stages" / "00-world"
+        texts = folder / "texts.jsonl"
+        write_texts(texts, model / "responses.jsonl", arguments.responses)
+        (folder / "own.yaml").write_text("")
+        settings = OWN | {
+            "output_dir": folder / "run", "model_name_or_path": model / "base",
+            "data.seed_path": model / "seed.jsonl", "data.responses_path": texts,
+        }  # fmt: skip
+        stages = [
+            [stage, folder / "own.yaml", *options(settings)]
+            for stage in ("prepare", "align", "augment", "score", "filter")
+        ]
+        stages.append(["export-data", folder / "run", folder / "product"])
+        worst = 0.0
+        print(f"{'stage':<12} {'seconds':>8} {'peak MB':>8}", flush=True)
+        for command in stages:
+            seconds, peak = measured(command)
+            print(f"{command[0]:<12} {seconds:>8.1f} {peak:>8.0f}", flush=True)
+            worst = max(worst, peak)
+        print(
+            f"{arguments.responses:,} texts of {texts.stat().st_size / 1e6:.0f} MB; "
+            f"peak {worst:.0f} MB of {LIMIT_MB}"
+        )
+    return int(worst > LIMIT_MB)
+
+
+def options(settings: dict) -> list[str]:
+    """As they stand on the command line."""
+    return [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
+
+
+def write_texts(path: Path, like: Path, count: int) -> None:
+    """Texts of 20 to 80 words that the model's tokenizer knows; every tenth nearly repeats the one before."""
+    words = sorted(
+        {w for line in like.read_text().splitlines() for w in json.loads(line)["response"].split()}
+    )
+    draw = random.Random(0)
+    said: list[str] = []
+    with path.open("w") as file:
+        for i in range(count):
+            if i % 10 == 9:
+                said = [*said[:-1], draw.choice(words)]
+            else:
+                said = draw.choices(words, k=draw.randint(20, 80))
+            file.write(json.dumps({"id": f"t{i}", "text": " ".join(said)}) + "\n")
+
+
+def measured(words: list) -> tuple[float, float]:
+    """(seconds, peak resident memory in MB) of a verb, which must succeed."""
+    start = time.monotonic()
+    command = [sys.executable, "-m", "main_jax.cli", *map(str, words)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if code := os.waitstatus_to_exitcode(status):
+        raise SystemExit(f"{' '.join(command)}: exit code {code}")
+    return time.monotonic() - start, usage.ru_maxrss / 1000
+
+
+if __name__ == "__main__":
+    sys.exit(main())

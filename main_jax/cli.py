@@ -156,7 +156,7 @@ def _shard_bytes(arguments: argparse.Namespace) -> int | None:
 def export_data_of(arguments: argparse.Namespace) -> int:
     """`export-data`."""
     from main_jax import pipeline
-    from main_jax.data.export import export_data
+    from main_jax.data.product import export_data
 
     run = pipeline.existing_run(arguments.run)
     export_data(

@@ -172,10 +172,11 @@ def execute(run: Run, stage: str | None = None, show_example: bool = False) -> N
     pairs.write_text(run.path / "config.yaml", text)
     for name in run.stages if stage is None else [stage]:
         with use_mesh(run.config.mesh):
-            run.execute(name)
+            ran = run.execute(name)
         manifest = {"versions": versions(), "stages": list(run.stages), "seconds": run.seconds()}
         pairs.write_json(run.path / "manifest.json", manifest)
-        refresh_report(run.path)
+        if ran or not (run.path / "report.html").exists():
+            refresh_report(run.path)
         if show_example and first() and name in ("prepare", stage):
             print((run.directory("prepare") / "example.txt").read_text(encoding="utf-8"))
     if stage in (None, "evaluate"):

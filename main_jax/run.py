@@ -136,8 +136,11 @@ class Run:
 
     # -------------------------------------------------------------------------------- running stages
 
-    def execute(self, name: str) -> None:
-        """Runs one stage, or says that it is done. Raises UserError when an earlier one is missing."""
+    def execute(self, name: str) -> bool:
+        """Runs one stage, or says that it is done; whether it ran.
+
+        Raises UserError when an earlier one is missing.
+        """
         self.check_needs(name)
         stage, directory = self.stages[name], self.directory(name)
         fingerprint, old = self.fingerprint(name), self.manifest(name)
@@ -151,7 +154,7 @@ class Run:
             old, left = {}, []
         if old.get("status") == "done":
             say(f"{name}: done before, kept")
-            return
+            return False
         if len(left) > 1:  # more than a manifest
             say(f"{name}: continues")
         for file in left:  # what a killed run was just writing
@@ -180,6 +183,7 @@ class Run:
         barrier(f"{name}: done")
         shown = ", ".join(f"{n:,} {key.replace('_', ' ')}" for key, n in counts.items())
         say(f"{name}: done in {seconds:.0f} s{': ' if shown else ''}{shown}")
+        return True
 
     def check_needs(self, name: str) -> None:
         """Raises UserError when a stage that this one reads is not done for this configuration."""

@@ -152,14 +152,8 @@ def filter_file(
         raise UserError(f"{scored}: no column {missing[0]}; `main-jax score` writes it")
     table = user_table(output, rows)
     for name in MEASURED:
-        if name not in ("id", "drop_reason"):
-            table = table.set_column(
-                table.column_names.index(name), name, table[name].cast(pairs.COLUMNS[name])
-            )
-    table = table.set_column(
-        table.column_names.index("drop_reason"), "drop_reason",
-        table["drop_reason"].cast(pa.string()),
-    )  # fmt: skip
+        place = table.column_names.index(name)
+        table = table.set_column(place, name, table[name].cast(pairs.COLUMNS[name]))
     table = with_filter(table, by, select, keep, seed)
     kept = table.filter(table["keep"])
     pairs.write_table(output, table if every_pair else kept)

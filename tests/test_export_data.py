@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import DatasetCard
 
 from main_jax.cli import main
-from main_jax.data import export as export_data
+from main_jax.data import product
 from main_jax.data.reading import read_pairs
 from main_jax.data.sources import open_source
 from main_jax.errors import UserError
@@ -99,7 +99,7 @@ def test_it_is_loaded_by_datasets_with_every_score(run, tmp_path, monkeypatch):
 
 
 def test_read_again_as_a_seed_it_gives_equal_pairs(run, tmp_path):
-    export_data.export_data(existing_run(str(run)), str(tmp_path / "out"))
+    product.export_data(existing_run(str(run)), str(tmp_path / "out"))
     kept = [row for row in ROWS if row["id"] in KEPT]
     for path in ("data/train-*.parquet", "jsonl/train-*.jsonl"):
         again = read_pairs(open_source(str(tmp_path / "out" / path)))
@@ -138,7 +138,7 @@ def test_the_card_says_how_it_was_made(run, tmp_path, capfd):
 def test_the_licence_is_the_one_that_all_declare(seed, responses, licence, tmp_path):
     data = CONFIG["data"] | {"seed_license": seed, "responses_license": responses}
     run = make_run(tmp_path / "run", ROWS, CONFIG | {"data": data})
-    export_data.export_data(existing_run(str(run)), str(tmp_path / "out"))
+    product.export_data(existing_run(str(run)), str(tmp_path / "out"))
     card = DatasetCard.load(tmp_path / "out" / "README.md")
     assert card.data.license == licence
     assert f"`data.seed_license`: {seed or 'not declared'}" in card.text
@@ -154,8 +154,8 @@ def test_every_pair_comes_with_its_reason(run, tmp_path):
 
 
 def test_files_hold_so_many_rows(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(export_data, "FILE_ROWS", 2)
-    export_data.export_data(existing_run(str(run)), str(tmp_path / "out"))
+    monkeypatch.setattr(product, "FILE_ROWS", 2)
+    product.export_data(existing_run(str(run)), str(tmp_path / "out"))
     files = sorted((tmp_path / "out" / "data").iterdir())
     assert [pq.read_table(f).num_rows for f in files] == [2, 2, 1]
     assert len({pq.read_schema(f) for f in files}) == 1
@@ -167,5 +167,5 @@ def test_mistakes(run, tmp_path, capfd):
     assert "is there already" in capfd.readouterr().err
     (run / "stages" / "05-filter" / "manifest.json").unlink()
     with pytest.raises(UserError, match="stage filter is not done"):
-        export_data.export_data(existing_run(str(run)), str(tmp_path / "out"))
+        product.export_data(existing_run(str(run)), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()

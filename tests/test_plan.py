@@ -14,10 +14,21 @@ import yaml
 
 from main_jax import plan
 from main_jax.config import Config
+from main_jax.errors import UserError
 from main_jax.lm import plan as engine
 from main_jax.lm.arch import PRESETS, PUBLISHED, DecoderConfig
+from main_jax.lm.hf import load_config as load_hf_config
 from main_jax.lm.model import Decoder
-from main_jax.lm.topology import CHIPS, GIB, Topology, TopologyError, larger, open_topology, split
+from main_jax.lm.topology import (
+    CHIPS,
+    GIB,
+    Chip,
+    Topology,
+    TopologyError,
+    larger,
+    open_topology,
+    split,
+)
 from main_jax.strict_yaml import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -219,7 +230,7 @@ def test_a_larger_machine_is_advised_last(monkeypatch):
             raise TopologyError("not this one")
         return one_device(CHIPS["v5p"])._replace(name=name)
 
-    monkeypatch.setattr(plan, "open_topology", open_it)
+    monkeypatch.setattr("main_jax.plan.search.open_topology", open_it)
     big = lambda program: int(V5P.memory * (2 if len(opened) < 2 else 0.5))  # noqa: E731
     advice = advised(monkeypatch, big, name="v5p:2x2x2").advice
     assert opened[:2] == ["v5p:2x2x4", "v5p:2x4x4"]
@@ -232,7 +243,7 @@ def test_arguments_that_are_too_much_are_not_compiled(monkeypatch):
 
     monkeypatch.setattr(engine, "compiled_memory", compiled)
     config = load_config(Config, None, LOAD_OPTIONS)
-    tiny = one_device(plan.Chip("tpu", 1000, 1, 1, 1))
+    tiny = one_device(Chip("tpu", 1000, 1, 1, 1))
     call = next(plan.calls(config, plan.model_of(config), tiny, plan.Work()))
     row = plan.compile_row(call, tiny.chip)
     assert not row.fits and row.peak == call.program.argument_bytes() > 1000
@@ -304,7 +315,7 @@ def test_a_compiler_that_lacks_is_named(name, extra, monkeypatch):
 
 def test_a_mesh_that_does_not_fit_is_named():
     config = load_config(Config, None, [*LOAD_OPTIONS, "--mesh.fsdp", "3"])
-    with pytest.raises(plan.UserError, match=r"mesh: .*fsdp 3.* does not fit 1 devices"):
+    with pytest.raises(UserError, match=r"mesh: .*fsdp 3.* does not fit 1 devices"):
         list(plan.calls(config, plan.model_of(config), one_device(), plan.Work()))
 
 
@@ -338,7 +349,7 @@ def test_a_real_compiler_for_tpus(tmp_path):
     code, said = run(tmp_path / "two_layers.yaml", "--topology", "v5e:2x2", "--output", output)
     assert code == 0, said
     found = json.loads(output.read_text())
-    params = plan.hf.load_config(model).num_params()
+    params = load_hf_config(model).num_params()
     by_name = {(p["stage"], p["program"]): p for p in found["programs"]}
     assert len(by_name) == 5 and found["fits"]
     for program in by_name.values():

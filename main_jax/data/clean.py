@@ -71,20 +71,19 @@ def _ngrams(said: Sequence[str], n: int) -> Iterator[str]:
 def contamination(texts: Iterable[str], n: int) -> Callable[[str], bool]:
     """Whether a text shares n words in a row with one of `texts`; shorter ones among them do not count."""
     known = {
-        hash_of(gram)
-        for text in texts
-        if len(said := words(text)) >= n
-        for gram in _ngrams(said, n)
+        _hash(gram) for text in texts if len(said := words(text)) >= n for gram in _ngrams(said, n)
     }
 
     def contaminated(text: str) -> bool:
+        if not known:
+            return False
         said = words(text)
-        return len(said) >= n and any(hash_of(gram) in known for gram in _ngrams(said, n))
+        return len(said) >= n and any(_hash(gram) in known for gram in _ngrams(said, n))
 
     return contaminated
 
 
-def hash_of(text: str) -> int:
+def _hash(text: str) -> int:
     """64 bits that are the same everywhere; two texts share them by chance once in 10¹⁹."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest())
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -24,7 +25,7 @@ from main_jax.convert import new_folder
 from main_jax.errors import UserError
 from main_jax.filter import SCORES
 from main_jax.lm.progress import say, track
-from main_jax.pairs import COLUMNS, Rows
+from main_jax.pairs import COLUMNS, Rows, joined_instruction
 from main_jax.run import Run, files_below, versions
 
 FILE_ROWS = 50_000
@@ -110,14 +111,13 @@ def _exported(
         advance(1)
         if not (row["keep"] or every_pair):
             continue
-        asked = "\n\n".join(text for text in (row["instruction"], row["input"]) if text)
         found = {
             "id": row["id"],
             "instruction": row["instruction"],
             "input": row["input"] or "",
             "output": row["response"],
             "messages": [
-                {"role": "user", "content": asked},
+                {"role": "user", "content": joined_instruction(row)},
                 {"role": "assistant", "content": row["response"]},
             ],
         }
@@ -130,14 +130,8 @@ def _exported(
 
 def _files(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     """Lists of at most FILE_ROWS; one that is empty where there are no rows."""
-    chunk: list[dict[str, Any]] = []
-    count = 0
-    for row in rows:
-        chunk.append(row)
-        if len(chunk) == FILE_ROWS:
-            yield chunk
-            chunk, count = [], count + 1
-    if chunk or not count:
+    yield list(islice(rows, FILE_ROWS))
+    while chunk := list(islice(rows, FILE_ROWS)):
         yield chunk
 
 

@@ -24,8 +24,9 @@ from main_jax.lm.checkpoint import load_params
 from main_jax.lm.train import TrainingSettings, fit
 from main_jax.models import Checkpoint, LanguageModel
 from main_jax.pairs import joined_instruction
-from main_jax.prompts import Direction, Prompt, Rendered
+from main_jax.prompts import Direction
 from main_jax.run import Run, derive_seed
+from main_jax.units import TokenPair, pair_units, tokenise
 
 OTHER = {Direction.FORWARD: Direction.REVERSE, Direction.REVERSE: Direction.FORWARD}
 
@@ -33,8 +34,12 @@ OTHER = {Direction.FORWARD: Direction.REVERSE, Direction.REVERSE: Direction.FORW
 def align(run: Run, out: epath.Path) -> dict[str, int]:
     """Trains both directions; the final ones lie under `out/round-K/{forward,reverse}/checkpoints`."""
     settings, base, prompt = run.config.align, run.base, run.prompt
+    chunk_rows = run.config.runtime.chunk_rows
     seed_rows = run.rows("prepare", "seed")
-    validation = run.rows("prepare", "validation")
+    seeds = tokenise(seed_rows, out / "tokens" / "seed", prompt, chunk_rows)
+    validation = tokenise(
+        run.rows("prepare", "validation"), out / "tokens" / "validation", prompt, chunk_rows
+    )
 
     def train(path: str, direction: Direction, units: list[Unit], start: Callable[[], Any],
               training: TrainingSettings, number: int = 0) -> None:  # fmt: skip
@@ -44,7 +49,7 @@ def align(run: Run, out: epath.Path) -> dict[str, int]:
             base.decoder, start, units, training,
             directory=out / path, weighting=settings.weighting,
             seed=derive_seed(run.config.seed, path), label=f"align {path}",
-            limit=prompt.max_length, validation=held_out,
+            limit=prompt.max_length, validation=held_out, reporting=run.reporting,
             progress=lambda step: ((number - 1) * steps + step) / (rounds * steps) if number else 0.0,
         )  # fmt: skip
 
@@ -53,14 +58,14 @@ def align(run: Run, out: epath.Path) -> dict[str, int]:
 
     counts = {"seed_pairs": len(seed_rows)}
     for direction in Direction:
-        units = pair_units(seed_rows, direction, prompt)
+        units = pair_units(seeds, direction, prompt)
         train(f"round-0/{direction}", direction, units, base.load, round_zero(settings))
     for k in range(1, settings.rounds + 1):
         for direction in Direction:
             # The forward model has already been updated when it writes for the reverse one.
             writer_round = k - 1 if direction is Direction.FORWARD else k
             twins = write_conditions(run, out, k, direction, writer_round, seed_rows)
-            units = pair_units(seed_rows, direction, prompt, twins)
+            units = pair_units(seeds, direction, prompt, twins)
             counts[f"round_{k}_{direction}_twins"] = sum(len(u.examples) - 1 for u in units)
             start = (
                 base.load
@@ -70,7 +75,7 @@ def align(run: Run, out: epath.Path) -> dict[str, int]:
             train(f"round-{k}/{direction}", direction, units, start, settings, k)
     if settings.control:
         # As many further steps on the seed alone: what longer training gives without any alignment.
-        units = pair_units(seed_rows, Direction.REVERSE, prompt)
+        units = pair_units(seeds, Direction.REVERSE, prompt)
         steps = settings.rounds * settings.steps(len(units))
         train("control/reverse", Direction.REVERSE, units,
               lambda: ended("round-0", Direction.REVERSE),
@@ -99,47 +104,23 @@ def round_zero(settings: Align) -> TrainingSettings:
 
 def write_conditions(
     run: Run, out: epath.Path, k: int, direction: Direction, writer_round: int, rows: Sequence[dict]
-) -> list[dict]:
-    """The aligned rows of round k: every seed row with the condition of `direction` generated."""
+) -> list[TokenPair | None]:
+    """The aligned twins of round k: every seed row with the condition of `direction` generated."""
     writes = OTHER[direction]
     _, side = writes.sides("instructions", "responses")
     name = f"round-{k}/{side}"
 
     def drop_unfit(written: list[dict]) -> list[dict]:
-        for row, rendered in zip(written, render_rows(written, direction, run.prompt), strict=True):
-            row["drop_reason"] = rendered.drop_reason
+        texts = [t for row in written for t in (joined_instruction(row), row["response"] or "")]
+        ids = iter(run.prompt.encode_all(texts))
+        for row in written:
+            rendered = run.prompt.render(direction, next(ids), next(ids))
+            row["drop_reason"] = row["drop_reason"] or rendered.drop_reason
         return written
 
-    return list(write_chunks(
+    written = write_chunks(
         run, out / name, [row | {"origin": "aligned", "round": k} for row in rows], writes,
         lambda: trained(out, f"round-{writer_round}", writes, run.base), run.config.align.sampling,
         purpose=f"align/{name}", label=f"align {name}", finish=drop_unfit,
-    ))  # fmt: skip
-
-
-def pair_units(
-    rows: Sequence[dict], direction: Direction, prompt: Prompt, twins: Sequence[dict] = ()
-) -> list[Unit]:
-    """One unit per seed row: its example and, where it has one, its aligned twin's (same target)."""
-    seeds = [r.example for r in render_rows(rows, direction, prompt)]
-    aligned = [r.example for r in render_rows(twins, direction, prompt)] or [None] * len(rows)
-    units = []
-    for row, seed, twin in zip(rows, seeds, aligned, strict=True):
-        if seed is None:
-            continue
-        members = [(seed, False)] + ([(twin, True)] if twin is not None else [])
-        fields = tuple({"weight": row["weight"], "aligned": a} for _, a in members)
-        units.append(Unit(tuple(e for e, _ in members), fields))
-    return units
-
-
-def render_rows(rows: Sequence[dict], direction: Direction, prompt: Prompt) -> list[Rendered]:
-    """Every row in one direction; what was dropped before stays dropped, with its reason."""
-    texts = [text for r in rows for text in (joined_instruction(r), r["response"] or "")]
-    ids = prompt.encode_all(texts)
-    return [
-        Rendered(None, None, False, row["drop_reason"])
-        if row["drop_reason"]
-        else prompt.render(direction, *ids[2 * i : 2 * i + 2])
-        for i, row in enumerate(rows)
-    ]
+    )  # fmt: skip
+    return tokenise(written, out / name / "tokens", run.prompt, run.config.runtime.chunk_rows)

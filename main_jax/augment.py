@@ -109,6 +109,7 @@ def write_chunks(
     *,
     purpose: str,
     label: str,
+    prompt: Prompt | None = None,
     finish: Callable[[list[dict]], list[dict]] = lambda rows: rows,
 ) -> Rows:
     """`write_side` in committed chunks under `out/data`, with a progress bar; resumes.
@@ -124,6 +125,7 @@ def write_chunks(
         sampling: how tokens are drawn.
         purpose: what the seed is derived for.
         label: what the bar is called.
+        prompt: the template; default: the run's.
         finish: a last look at the rows of a chunk before they are committed.
     """
     load, runtime = cache(load), run.config.runtime
@@ -132,7 +134,7 @@ def write_chunks(
     def write(chunk: Sequence[dict], advance: Callable[[int], None]) -> list[dict]:
         with use_mesh(run.config.inference_mesh, local=True):
             return finish(write_side(
-                chunk, direction, load(), run.prompt, sampling,
+                chunk, direction, load(), prompt or run.prompt, sampling,
                 seed=seed, batch_size=runtime.generation_batch_size, on_done=advance,
             ))  # fmt: skip
 

@@ -122,6 +122,17 @@ def generate_file(arguments: argparse.Namespace) -> int:
     ))  # fmt: skip
 
 
+def evaluate_model(arguments: argparse.Namespace) -> int:
+    """`evaluate` outside a run."""
+    from main_jax.evaluation import options
+
+    how = options.settings(arguments)
+    from main_jax.evaluation import harness
+
+    initialize(**arguments.start)
+    return _unless_stopped(lambda: harness.evaluate_model(**how))
+
+
 def convert_folder(arguments: argparse.Namespace) -> int:
     """`convert`."""
     size = _shard_bytes(arguments)
@@ -250,6 +261,7 @@ def launch_processes(arguments: argparse.Namespace) -> int:
 
 VERBS = {
     "score": score_file,
+    "evaluate": evaluate_model,
     "generate": generate_file,
     "convert": convert_folder,
     "export": export_folder,
@@ -258,7 +270,7 @@ VERBS = {
     "verify": verify_folder,
     "launch": launch_processes,
 }
-"""Those that are no stage of a run; `score` is both."""
+"""Those that are no stage of a run; `score` and `evaluate` are both."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -289,14 +301,16 @@ def _main(argv: list[str]) -> int:
         if rest:
             raise UserError(f"unknown argument {rest[0]} (see main-jax filter --help)")
         return filter_file(arguments)
-    of_a_file = [name for name in FILE_OPTIONS if getattr(arguments, name, None) is not None]
+    options = FILE_OPTIONS.get(arguments.verb, ())
+    of_a_file = [name for name in options if getattr(arguments, name) is not None]
     if getattr(arguments, "config", None) and not of_a_file:
         return run_config(arguments, rest)
     if rest:
         raise UserError(f"unknown argument {rest[0]} (see main-jax {arguments.verb} --help)")
     if getattr(arguments, "config", None):
         raise UserError(
-            f"score takes CONFIG or {processes.option(of_a_file[0])}, not both (see main-jax score --help)"
+            f"{arguments.verb} takes CONFIG or {processes.option(of_a_file[0])}, not both "
+            f"(see main-jax {arguments.verb} --help)"
         )
     return VERBS[arguments.verb](arguments)
 
@@ -341,8 +355,8 @@ def _exit_code(error: Exception) -> int | None:
 
         if isinstance(error, CheckpointError):
             return 2
-    if "main_jax.lm.train" in sys.modules:
-        from main_jax.lm.train import TrainingDiverged
+    if "main_jax.lm.metrics" in sys.modules:
+        from main_jax.lm.metrics import TrainingDiverged
 
         if isinstance(error, TrainingDiverged):
             return 1

@@ -6,6 +6,7 @@ import argparse
 
 from main_jax import launch, processes
 from main_jax.errors import UserError
+from main_jax.evaluation import options as evaluation
 
 EXAMPLES = """\
 examples:
@@ -14,6 +15,7 @@ examples:
   main-jax filter runs/own/config.yaml --filter.keep 0.2
   main-jax score --forward-model DIR --data pairs.jsonl --output scored.parquet
   main-jax generate --model DIR --prompts prompts.jsonl --output answers.jsonl
+  main-jax evaluate --model DIR --tasks ifeval,openllm --output results.json
   main-jax verify DIR                                   our logits against transformers' on PyTorch
   main-jax convert DIR NEW                              Hugging Face <-> Orbax
   main-jax export runs/own NEW                          a run's model for everybody else
@@ -32,15 +34,18 @@ STAGES = {
     "score": "score every pair in both directions (in a run, or a file of your own)",
     "filter": "keep the pairs that explain each other",
     "finetune": "train the base model on the kept pairs",
-    "evaluate": "measure what it brought",
+    "evaluate": "measure what it brought (in a run, or any model by lm-evaluation-harness)",
 }
 
 
-FILE_OPTIONS = (
-    "forward_model", "reverse_model", "data", "output", "template", "max_length",
-    "excess_length_strategy", "tokens_per_batch",
-)  # fmt: skip
-"""Of `score`: they belong to a file of one's own; a run has its configuration."""
+FILE_OPTIONS = {
+    "score": (
+        "forward_model", "reverse_model", "data", "output", "template", "max_length",
+        "excess_length_strategy", "tokens_per_batch",
+    ),
+    "evaluate": evaluation.NAMES,
+}  # fmt: skip
+"""They belong to a file or a model of one's own; a run has its configuration."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -80,9 +85,11 @@ def build_parser() -> argparse.ArgumentParser:
     for name, text in STAGES.items():
         if name != "score":
             stage = verb(name, f"stage: {text}", f"examples:\n  main-jax {name} configs/demo.yaml")
-            _add_config(stage)
+            _add_config(stage, optional=name == "evaluate")
             if name == "filter":
                 _add_filter(stage)
+            if name == "evaluate":
+                evaluation.add_options(stage)
             processes.add_options(stage)
 
     score = verb(
@@ -94,6 +101,9 @@ def build_parser() -> argparse.ArgumentParser:
         " --template none",
     )
     _add_config(score, optional=True)
+    score.usage = (
+        f"{score.usage}\n       {score.prog} --forward-model DIR --data FILE --output FILE"
+    )
     score.add_argument("--forward-model", metavar="DIR", help="model folder or hub name: p(R|I)")
     score.add_argument(
         "--reverse-model", metavar="DIR", help="of p(I|R); default: the forward model"
@@ -305,8 +315,6 @@ def _add_filter(parser: argparse.ArgumentParser) -> None:
 
 def _add_config(parser: argparse.ArgumentParser, optional: bool = False) -> None:
     parser.usage = f"{parser.prog} CONFIG.yaml [--a.b VALUE ...]"
-    if optional:
-        parser.usage += f"\n       {parser.prog} --forward-model DIR --data FILE --output FILE"
     parser.add_argument(
         "config", metavar="CONFIG", nargs="?" if optional else None, help="YAML file"
     )

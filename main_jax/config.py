@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from main_jax.checks import parse_size
 from main_jax.filter import SCORES
+from main_jax.hygiene import Hygiene
 from main_jax.lm.generate import Sampling
 from main_jax.lm.sharding import MeshShape
 from main_jax.lm.train import TrainingSettings
@@ -114,9 +115,10 @@ class Align(TrainingSettings):
 
 @dataclass(frozen=True)
 class Augment:
-    """Step 2. Greedy by default."""
+    """Step 2. Greedy by default; `hygiene` says which of the written instructions are not scored."""
 
     sampling: Sampling = field(default_factory=Sampling)
+    hygiene: Hygiene = field(default_factory=Hygiene)
 
 
 @dataclass(frozen=True)
@@ -140,10 +142,29 @@ class Filter:
 
 
 @dataclass(frozen=True)
+class SystemPrompts:
+    """What the system says before a forward prompt in the final training, by the pair's origin.
+
+    seed, augmented: null: nothing. inference: for the questions of the evaluation and by default in the
+    exported chat template; null: the seed's. (Style tags: Humpback, arXiv 2308.06259, section 2.4.)
+    """
+
+    seed: str | None = None
+    augmented: str | None = None
+    inference: str | None = None
+
+    @property
+    def at_inference(self) -> str | None:
+        """What is said before a question."""
+        return self.seed if self.inference is None else self.inference
+
+
+@dataclass(frozen=True)
 class Finetune(TrainingSettings):
     """Step 4. arms: further final sets to train for comparison, named by score or `seed_only`, `oracle`."""
 
     arms: tuple[str, ...] = ()
+    system_prompts: SystemPrompts = field(default_factory=SystemPrompts)
 
 
 @dataclass(frozen=True)
@@ -181,6 +202,8 @@ class Runtime:
     remat: activation checkpointing of the layers.
     chunk_rows: rows per committed part file; generation_batch_size: rows decoded together.
     preemption_exit_code: after SIGTERM, when what was done is saved. Job managers take 0 as finished.
+    report_to: where the metrics of trainings go besides their `metrics.jsonl`, which `jsonl` stands for:
+        `tensorboard`: event files beside it; `wandb`: by W&B's environment variables. Extras of that name.
     """
 
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -190,6 +213,7 @@ class Runtime:
     generation_batch_size: int = 32
     compile_cache: bool = True
     preemption_exit_code: int = 75
+    report_to: tuple[Literal["jsonl", "tensorboard", "wandb"], ...] = ("jsonl",)
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ from typing import Any
 
 from etils import epath
 
-from main_jax.align import pair_units
 from main_jax.finetune import arms, finetuned, kept_by_arm
 from main_jax.lm.train import mean_nll
 from main_jax.models import LanguageModel
-from main_jax.pairs import write_json
+from main_jax.pairs import read_parts, write_json
 from main_jax.prompts import Direction
 from main_jax.run import Run
+from main_jax.units import pair_units, tokenise
 
 
 def evaluate(run: Run, out: epath.Path) -> dict[str, int]:
@@ -29,22 +29,23 @@ def evaluate(run: Run, out: epath.Path) -> dict[str, int]:
 
         results = measure(run, out)
     else:
-        results = _held_out(run)
+        results = _held_out(run, out)
     write_json(out / "results.json", results)
     return {"arms": len(results["arms"])}
 
 
-def _held_out(run: Run) -> dict[str, Any]:
+def _held_out(run: Run, out: epath.Path) -> dict[str, Any]:
     rows = run.rows("prepare", "validation")
-    units = pair_units(rows, Direction.FORWARD, run.prompt)
-    examples = [e for u in units for e in u.examples]
-    scored = run.rows("filter")
+    prompt = run.inference_prompt
+    pairs = tokenise(rows, out / "tokens", prompt, run.config.runtime.chunk_rows)
+    examples = [e for u in pair_units(pairs, Direction.FORWARD, prompt) for e in u.examples]
+    drop_reasons = read_parts(run.directory("filter") / "data", ["drop_reason"])["drop_reason"]
 
     def nll(load: Callable[[], LanguageModel]) -> float | None:
         if not examples:
             return None
         model = load()
-        return mean_nll(model.decoder, model.params, examples, run.prompt.max_length)
+        return mean_nll(model.decoder, model.params, examples, prompt.max_length)
 
     results: dict[str, Any] = {"arms": {}}
     results["base"] = {"validation_nll_nats_per_token": nll(run.base.model)}
@@ -53,11 +54,11 @@ def _held_out(run: Run) -> dict[str, Any]:
             "kept_pairs": int(kept_by_arm(run, arm).sum()),
             "validation_nll_nats_per_token": nll(lambda arm=arm: finetuned(run, arm)),
         }
-    reasons = Counter(row["drop_reason"] or "kept" for row in scored)
+    reasons = Counter(reason or "kept" for reason in drop_reasons.to_pylist())
     results["pairs"] = {
         "seed": len(run.rows("prepare", "seed")),
         "validation": len(examples),
-        "augmented": len(scored),
+        "augmented": len(drop_reasons),
         "augmented_by_reason": dict(sorted(reasons.items())),
     }
     return results

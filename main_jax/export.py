@@ -63,7 +63,8 @@ def write_model(
     run: Run, folder: epath.Path, name: str, dtype: str, max_shard_bytes: int | None
 ) -> None:
     """Writes the model `name` as a Hugging Face folder; `auto` is the dtype of the base model."""
-    base, prompt = run.base, run.prompt
+    base = run.base
+    prompt = run.prompt if name in (str(d) for d in Direction) else run.inference_prompt
     direction = Direction.REVERSE if name == Direction.REVERSE else Direction.FORWARD
     chat_template = prompt.chat_template(direction)
     write_hf(

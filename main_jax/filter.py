@@ -20,6 +20,8 @@ import numpy as np
 import pyarrow as pa
 from scipy.stats import rankdata
 
+from main_jax.pairs import set_column
+
 
 @dataclass(frozen=True)
 class PairScores:
@@ -91,6 +93,11 @@ SCORES: dict[str, Score] = {
 }
 
 
+MEASURED = (
+    "id", "forward_nll_sum", "forward_tokens", "reverse_nll_sum", "reverse_tokens",
+    "response_nll_sum", "instruction_nll_sum", "drop_reason",
+)  # fmt: skip
+"""The columns that a filter needs."""
 CUT = "filter_"
 """Prefix of the drop reason of what a filter cut; such rows stay in the pool of the next filter."""
 
@@ -176,16 +183,10 @@ def with_filter(table: pa.Table, name: str, how: str, amount: float, seed: int) 
     """The table with all score columns, `keep`, and `drop_reason = filter_<name>` for what is cut."""
     for column, values in score_columns(table, seed).items():
         field = pa.array(values, mask=~np.isfinite(values))
-        table = _set_column(table, column, field)
+        table = set_column(table, column, field)
     pool, kept = pool_of(table), keep_by(table, name, how, amount)
     reasons = np.asarray(table["drop_reason"].to_pylist(), object)
     reasons[pool] = None
     reasons[pool & ~kept] = f"{CUT}{name}"
-    table = _set_column(table, "keep", pa.array(kept))
-    return _set_column(table, "drop_reason", pa.array(reasons, pa.string()))
-
-
-def _set_column(table: pa.Table, name: str, values: pa.Array) -> pa.Table:
-    if name in table.column_names:
-        return table.set_column(table.column_names.index(name), name, values)
-    return table.append_column(name, values)
+    table = set_column(table, "keep", pa.array(kept))
+    return set_column(table, "drop_reason", pa.array(reasons, pa.string()))

@@ -7,35 +7,47 @@ filter, and any others that the configuration wants beside it.
 from __future__ import annotations
 
 from functools import reduce
+from itertools import compress
 
 import numpy as np
 from etils import epath
 
-from main_jax.align import pair_units
-from main_jax.filter import keep_by
+from main_jax.filter import MEASURED, keep_by
 from main_jax.lm.batches import Shape, Unit, UnitStream
 from main_jax.lm.checkpoint import load_params
 from main_jax.lm.train import fit
 from main_jax.models import LanguageModel
-from main_jax.pairs import read_parts
+from main_jax.pairs import Rows, read_parts
 from main_jax.prompts import Direction
 from main_jax.run import Run, derive_seed
+from main_jax.units import TokenPair, pair_units, tokenise
 from main_jax.weighting import Weighting
 
 
 def finetune(run: Run, out: epath.Path) -> dict[str, int]:
     """Trains every arm; the final parameters lie under `out/ARM/checkpoints`."""
     settings, prompt = run.config.finetune, run.prompt
-    seed_units = pair_units(run.rows("prepare", "seed"), Direction.FORWARD, prompt)
-    held_out = pair_units(run.rows("prepare", "validation"), Direction.FORWARD, prompt)
-    scored = run.rows("filter")
+    chunk_rows = run.config.runtime.chunk_rows
+
+    def tokens(part: str) -> list[TokenPair | None]:
+        return tokenise(run.rows("prepare", part), out / "tokens" / part, prompt, chunk_rows)
+
+    told = settings.system_prompts
+    of_seed, of_augmented = run.prompt_with(told.seed), run.prompt_with(told.augmented)
+    seed_units = pair_units(tokens("seed"), Direction.FORWARD, of_seed)
+    held_out = pair_units(tokens("validation"), Direction.FORWARD, run.inference_prompt)
+    scored = Rows(run.directory("filter") / "data")
+    kept = {arm: kept_by_arm(run, arm) for arm in arms(run)}
+    wanted = set(compress(scored.column("id"), np.any(list(kept.values()), axis=0)))
+    pairs = tokenise(scored, out / "tokens" / "augmented", prompt, chunk_rows, wanted)
     sets, counts = {}, {}
     order_seed = derive_seed(run.config.seed, "finetune")
-    for arm in arms(run):
-        kept = kept_by_arm(run, arm)
-        rows = [row | {"drop_reason": None} for row, k in zip(scored, kept, strict=True) if k]
-        sets[arm] = seed_units + pair_units(rows, Direction.FORWARD, prompt)
-        counts[f"{arm}_kept"] = len(rows)
+    for arm, chosen in kept.items():
+        units = pair_units(list(compress(pairs, chosen)), Direction.FORWARD, of_augmented)
+        sets[arm] = seed_units + units
+        counts[f"{arm}_kept"] = int(chosen.sum())
+        if len(units) < chosen.sum():  # with what the system says they are longer
+            counts[f"{arm}_too_long"] = int(chosen.sum()) - len(units)
 
     def shape(units: list[Unit]) -> Shape:
         return UnitStream(
@@ -51,7 +63,7 @@ def finetune(run: Run, out: epath.Path) -> dict[str, int]:
             directory=out / arm, weighting=Weighting(strategy="constant"),
             seed=order_seed, label=f"finetune {arm}",
             limit=prompt.max_length, validation=[e for u in held_out for e in u.examples],
-            shape=shared,
+            shape=shared, reporting=run.reporting,
         )  # fmt: skip
     return counts
 
@@ -63,14 +75,14 @@ def arms(run: Run) -> list[str]:
 
 def kept_by_arm(run: Run, arm: str) -> np.ndarray:
     """[N] bool over the rows of the filter stage: what this arm trains on beside the seed."""
-    table = read_parts(run.directory("filter") / "data")
-    settings = run.config.filter
-    if arm == "seed_only":
-        return np.zeros(table.num_rows, bool)
+    settings, directory = run.config.filter, run.directory("filter") / "data"
     if arm == "oracle":
         from main_jax.world.measure import oracle_kept
 
-        return oracle_kept(run, table, settings.keep)
+        return oracle_kept(run, read_parts(directory), settings.keep)
+    table = read_parts(directory, [*MEASURED, arm])
+    if arm == "seed_only":
+        return np.zeros(table.num_rows, bool)
     return keep_by(table, arm, settings.select, settings.keep)
 
 

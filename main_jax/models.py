@@ -50,7 +50,13 @@ class Checkpoint:
         """The decoder with its parameters, for inference."""
         return LanguageModel(self.decoder, self.load(inference=True))
 
-    def prompt(self, template: str | dict, max_length: int, strategy: str = "drop") -> Prompt:
+    def prompt(
+        self,
+        template: str | dict,
+        max_length: int,
+        strategy: str = "drop",
+        system: str | None = None,
+    ) -> Prompt:
         """The template bound to this checkpoint's tokenizer. Raises UserError."""
         limit = self.decoder.config.max_position_embeddings
         if max_length > limit:
@@ -64,7 +70,7 @@ class Checkpoint:
                 f"{self.path}: the tokenizer has {len(tokenizer)} tokens, the model only "
                 f"{self.decoder.config.vocab_size}"
             )
-        return Prompt(tokenizer, template, max_length, strategy, hf.stop_ids(self.path))
+        return Prompt(tokenizer, template, max_length, strategy, hf.stop_ids(self.path), system)
 
 
 ORBAX = "checkpoints"

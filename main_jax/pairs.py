@@ -11,8 +11,8 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate, islice
 from typing import Any
 
 import pyarrow as pa
@@ -59,25 +59,28 @@ def joined_instruction(row: dict) -> str:
     return f"{instruction}\n\n{extra}" if extra else instruction
 
 
-def assign_ids(rows: Sequence[dict]) -> None:
-    """Given ids stay (a repeat is an error); others are a content hash with an ordinal for repeats."""
-    seen: Counter[str] = Counter()
-    taken: dict[str, dict] = {}
+def assign_ids(rows: Iterable[dict]) -> Iterator[dict]:
+    """The rows, each with its id as it passes: a given one stays, others are a hash of the content.
+
+    A repeated content gets an ordinal. Raises UserError for a given id that was there before.
+    """
+    taken: dict[str, tuple[str, int]] = {}
+    repeats: Counter[str] = Counter()
     for row in rows:
-        given = row["id"]
-        if given is None:
+        if row["id"] is None:
             text = "\0".join(row.get(k) or "" for k in ("instruction", "input", "response"))
             digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-            row["id"] = f"{digest}-{seen[digest]}" if seen[digest] else digest
-            seen[digest] += 1
+            repeats[digest] += digest in taken
+            row["id"] = f"{digest}-{repeats[digest]}" if digest in taken else digest
         if row["id"] in taken:
-            earlier = taken[row["id"]]
-            of = "" if earlier["source"] == row["source"] else f" of {earlier['source']}"
+            source, number = taken[row["id"]]
+            of = "" if source == row["source"] else f" of {source}"
             raise UserError(
                 f"{row['source']}, row {row['row_number']}, id: {row['id']!r} was already given in "
-                f"row {earlier['row_number']}{of}"
+                f"row {number}{of}"
             )
-        taken[row["id"]] = row
+        taken[row["id"]] = row["source"], row["row_number"]
+        yield row
 
 
 # ---------------------------------------------------------------------------------------------- writing
@@ -115,7 +118,21 @@ def _write_parquet(path: epath.Path, table: pa.Table) -> None:
         pq.write_table(table, handle)
 
 
-def write_jsonl(path: epath.PathLike, rows: Sequence[dict]) -> None:
+def write_rows(path: epath.PathLike, rows: Iterable[dict], schema: pa.Schema | None) -> None:
+    """Writes rows as they come, as Parquet of this schema or as JSONL (`schema` None); atomically."""
+    if schema is None:
+        write_jsonl(path, rows)
+        return
+
+    def write(temporary: epath.Path) -> None:
+        with temporary.open("wb") as handle, pq.ParquetWriter(handle, schema) as writer:
+            for batch in batched(rows, ROW_GROUP):
+                writer.write_table(pa.Table.from_pylist(batch, schema))
+
+    write_atomically(path, write)
+
+
+def write_jsonl(path: epath.PathLike, rows: Iterable[dict]) -> None:
     """Writes one JSON object a line, atomically; what JSON lacks (dates) as text."""
 
     def line(row: dict) -> bytes:
@@ -143,23 +160,28 @@ def write_text(path: epath.PathLike, text: str) -> None:
 
 # ------------------------------------------------------------------------------------------- parts
 
+ROW_GROUP = 4096
+STAGED = "staged.json"
 VISIBLE_S = 90.0
 """How long a folder on a network may take to show what another machine has written."""
 
 
-def read_parts(directory: epath.PathLike) -> pa.Table:
-    """All `part-*.parquet` of a directory, in order."""
-    tables = [_read_part(part) for part in _parts(directory)]
+def read_parts(directory: epath.PathLike, columns: Sequence[str] | None = None) -> pa.Table:
+    """All `part-*.parquet` of a directory, in order; of `columns` those that are there."""
+    tables = [_read_part(part, columns) for part in parts_of(directory)]
     return pa.concat_tables(tables, promote_options="default")
 
 
-def _parts(directory: epath.PathLike) -> list[epath.Path]:
+def parts_of(directory: epath.PathLike) -> list[epath.Path]:
+    """The part files of a directory, in order."""
     return sorted(epath.Path(directory).glob("part-*.parquet"))
 
 
-def _read_part(part: epath.Path, columns: list[str] | None = None) -> pa.Table:
+def _read_part(part: epath.Path, columns: Sequence[str] | None = None) -> pa.Table:
     with part.open("rb") as handle:
-        return pq.read_table(handle, columns=columns)
+        file = pq.ParquetFile(handle)
+        names = file.schema_arrow.names
+        return file.read(names if columns is None else [c for c in columns if c in names])
 
 
 def _num_rows(part: epath.Path) -> int:
@@ -171,7 +193,7 @@ class Rows:
     """The rows of all `part-*.parquet` of a directory; a part is read when rows of it are asked for."""
 
     def __init__(self, directory: epath.PathLike):
-        self._parts = _parts(directory)
+        self._parts = parts_of(directory)
         self._ends = list(accumulate(map(_num_rows, self._parts)))
 
     def __len__(self) -> int:
@@ -192,9 +214,71 @@ class Rows:
             begin = end
         return rows
 
+    def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """Part by part, with `columns` alone where they are given."""
+        for part in self._parts:
+            yield _read_part(part, columns)
+
     def column(self, name: str) -> list:
         """One column of all rows."""
-        return [v for part in self._parts for v in _read_part(part, [name])[name].to_pylist()]
+        return [value for table in self.tables([name]) for value in table[name].to_pylist()]
+
+
+def stage_rows(
+    rows: Iterable[dict], directory: epath.PathLike, chunk_rows: int, facts: Mapping[str, Any]
+) -> Rows:
+    """Commits rows that come one by one as part files; only the first process goes through them.
+
+    So a source is read once, however many processes there are, and never held in memory; what was staged
+    before is not read again. `facts` is kept beside the rows, as it is when all have passed (`staged_facts`).
+    """
+    directory = epath.Path(directory)
+    whole = directory / STAGED
+    if first() and not whole.exists():
+        with track(f"read {directory.name}", None, "rows") as bar:
+            for part, chunk in enumerate(batched(rows, chunk_rows)):
+                _write_part(_part_path(directory, part), table_of(chunk))
+                bar.advance(len(chunk))
+        write_json(whole, dict(facts))
+    barrier(f"rows staged in {directory}")
+    _wait_for(whole)
+    return Rows(directory)
+
+
+def staged_facts(directory: epath.PathLike) -> dict:
+    """What `stage_rows` has kept beside the rows."""
+    return json.loads((epath.Path(directory) / STAGED).read_text())
+
+
+def drop_staged(directory: epath.PathLike) -> None:
+    """Removes staged rows that nobody needs any more."""
+    directory = epath.Path(directory)
+    barrier(f"{directory}: read")
+    if first() and directory.exists():
+        (directory / STAGED).unlink(
+            missing_ok=True
+        )  # first: half of the parts are not to be taken for all
+        directory.rmtree()
+
+
+def set_columns(directory: epath.PathLike, new: pa.Table, destination: epath.PathLike) -> None:
+    """Writes every part of a directory anew, with the columns of `new`, a part in memory at a time."""
+    if not first():
+        return
+    start = 0
+    for part in parts_of(directory):
+        table = _read_part(part)
+        for name in new.column_names:
+            table = set_column(table, name, new[name].slice(start, table.num_rows))
+        write_table(epath.Path(destination) / part.name, table)
+        start += table.num_rows
+
+
+def set_column(table: pa.Table, name: str, values: pa.Array | pa.ChunkedArray) -> pa.Table:
+    """The table with a column of that name, in its place where there was one."""
+    if name in table.column_names:
+        return table.set_column(table.column_names.index(name), name, values)
+    return table.append_column(name, values)
 
 
 def map_chunks(
@@ -225,7 +309,7 @@ def map_chunks(
     """
     directory = epath.Path(directory)
     starts = range(0, max(len(rows), 1), chunk_rows)
-    paths = [directory / f"part-{part:05}.parquet" for part in range(len(starts))]
+    paths = [_part_path(directory, part) for part in range(len(starts))]
     sizes = [min(chunk_rows, len(rows) - start) for start in starts]
     missing = [part for part, path in enumerate(paths) if not path.exists()]
     barrier(f"chunks of {directory}")  # all see the same parts missing
@@ -246,6 +330,10 @@ def map_chunks(
     return Rows(directory)
 
 
+def _part_path(directory: epath.Path, part: int) -> epath.Path:
+    return directory / f"part-{part:05}.parquet"
+
+
 def _write_part(path: epath.Path, table: pa.Table) -> None:
     write_atomically(path, lambda temporary: _write_parquet(temporary, table), own=True)
 
@@ -261,7 +349,9 @@ def _wait_for(path: epath.Path) -> None:
         time.sleep(0.5)
 
 
-def chunks(rows: Sequence[dict], size: int) -> Iterator[Sequence[dict]]:
-    """Slices of `size` rows; one empty slice when there are none."""
-    for start in range(0, max(len(rows), 1), size):
-        yield rows[start : start + size]
+def batched(rows: Iterable[dict], size: int) -> Iterator[list[dict]]:
+    """Lists of `size` rows, the last one shorter; one empty list when there are none."""
+    rows = iter(rows)
+    yield list(islice(rows, size))
+    while batch := list(islice(rows, size)):
+        yield batch

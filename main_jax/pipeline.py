@@ -25,8 +25,10 @@ from main_jax.data.files import files_below
 from main_jax.errors import UserError
 from main_jax.evaluate import evaluate
 from main_jax.export import export
-from main_jax.filter import with_filter
+from main_jax.filter import MEASURED, with_filter
 from main_jax.finetune import arms, finetune
+from main_jax.hygiene import mark_repeats
+from main_jax.lm.metrics import unavailable
 from main_jax.lm.multihost import first
 from main_jax.lm.sharding import make_mesh, use_mesh
 from main_jax.models import LanguageModel
@@ -49,13 +51,19 @@ def build_world(run: Run, out: epath.Path) -> dict[str, int]:
 
 def augment(run: Run, out: epath.Path) -> dict[str, int]:
     """The aligned reverse model writes an instruction for every unlabelled response."""
-    rounds = run.config.align.rounds
+    rounds, hygiene = run.config.align.rounds, run.config.augment.hygiene
+
+    def checked(row: dict) -> dict:
+        return row | {"round": rounds, "drop_reason": row["drop_reason"] or hygiene.fault(row)}
+
     rows = write_chunks(
         run, out, pairs.Rows(run.directory("prepare") / "data" / "responses"), Direction.REVERSE,
         lambda: trained(run.directory("align"), f"round-{rounds}", Direction.REVERSE, run.base),
         run.config.augment.sampling, purpose="augment", label="augment",
-        finish=lambda rows: [row | {"round": rounds} for row in rows],
+        finish=lambda rows: list(map(checked, rows)),
     )  # fmt: skip
+    if hygiene.max_repeats is not None:
+        mark_repeats(out / "data", hygiene.max_repeats)
     return _reasons(rows.column("drop_reason"), "pairs")
 
 
@@ -82,10 +90,11 @@ def score(run: Run, out: epath.Path) -> dict[str, int]:
 
 def filter_pairs(run: Run, out: epath.Path) -> dict[str, int]:
     """Every score as a column; `keep` and `drop_reason` by the configured one."""
-    settings = run.config.filter
-    table = pairs.read_parts(run.directory("score") / "data")
+    settings, scored = run.config.filter, run.directory("score") / "data"
+    table = pairs.read_parts(scored, MEASURED)
     table = with_filter(table, settings.by, settings.select, settings.keep, run.config.seed)
-    pairs.write_table(out / "data" / "part-00000.parquet", table)
+    new = [name for name in table.column_names if name not in MEASURED or name == "drop_reason"]
+    pairs.set_columns(scored, table.select(new), out / "data")
     counts = _reasons(table["drop_reason"].to_pylist(), "pairs")
     if not counts["pairs"]:
         raise UserError(f"filter.{settings.by} keeps no pair; loosen filter.keep or look at {out}")
@@ -130,6 +139,9 @@ def open_run(config: Config) -> Run:
         _ = run.sources
     _ = run.template
     check_output(run.path, "output_dir")
+    for name in config.runtime.report_to:
+        if reason := unavailable(name):
+            raise UserError(f"runtime.report_to: {name}: {reason}")
     for key, shape, devices in (
         ("mesh", config.mesh, None),
         ("inference_mesh", config.inference_mesh, jax.local_devices()),
@@ -144,6 +156,8 @@ def open_run(config: Config) -> Run:
         _ = run.model_path  # found, or fetched, once everything else is as it should be
         check_lengths(config, run.base.decoder.config.max_position_embeddings)
         _ = run.prompt  # opens and checks the tokenizer
+        for said in dict.fromkeys(vars(config.finetune.system_prompts).values()):
+            run.prompt_with(said)
     _check_room(run)
     return run
 

@@ -8,7 +8,7 @@ to go on.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -17,8 +17,8 @@ from etils import epath
 from main_jax import pairs
 from main_jax.config import Clean
 from main_jax.data import clean
-from main_jax.data.reading import read_pairs, read_responses
-from main_jax.data.sources import Source, open_source
+from main_jax.data.reading import read_pairs, read_responses, staged
+from main_jax.data.sources import open_source
 from main_jax.errors import UserError
 from main_jax.prompts import Direction, Prompt
 from main_jax.run import Run, derive_seed
@@ -27,64 +27,79 @@ from main_jax.score import hard_drop
 
 def prepare(run: Run, out: epath.Path) -> dict[str, int]:
     """Writes the tables `seed`, `validation` (held-out seed pairs) and `responses`, and `example.txt`."""
-    data = run.config.data
-    prompt = run.prompt_with(run.config.prompt.excess_length_strategy)
-    seed = read_pairs(run.sources["seed"])
-    responses = read_responses(run.sources["responses"])
-    _mark(seed, prompt, tuple(Direction))
-    counts = {
-        f"{name}_skipped_{reason}": n  # by the rules of an extraction
-        for name, source in run.sources.items()
-        for reason, n in sorted(source.skipped.items())
-    }
+    try:
+        counts = _prepare(run, out)
+    except UserError:
+        # What nobody can use is not to be set aside later. (Other processes may still be writing there.)
+        for name in ("read", "data") if jax.process_count() == 1 else ():
+            if (out / name).exists():
+                (out / name).rmtree()
+        raise
+    pairs.drop_staged(out / "read")
+    return counts
+
+
+def _prepare(run: Run, out: epath.Path) -> dict[str, int]:
+    data, chunk_rows = run.config.data, run.config.runtime.chunk_rows
+    prompt = run.prompt_with(strict=True)
     contaminated, unwanted = _rules(run.config.clean)
-    for row in seed:
-        if not row["drop_reason"] and contaminated(
-            f"{pairs.joined_instruction(row)} {row['response']}"
-        ):
-            row["drop_reason"] = "contaminated"
-    limit = data.max_drop_share
-    counts |= _check_drops("seed", run.sources["seed"], [row["drop_reason"] for row in seed], limit)
+    counts: dict[str, int] = {}
+
+    def read(name: str, rows: Iterator[dict]) -> pairs.Rows:
+        found, skipped = staged(run.sources[name], rows, out / "read" / name, chunk_rows)
+        counts.update({f"{name}_skipped_{reason}": n for reason, n in skipped.items()})
+        return found
+
+    def marked_pairs(chunk: Sequence[dict], advance: Callable[[int], None]) -> list[dict]:
+        _mark(chunk, prompt, tuple(Direction))
+        for row in chunk:
+            text = f"{pairs.joined_instruction(row)} {row['response']}"
+            if not row["drop_reason"] and contaminated(text):
+                row["drop_reason"] = "contaminated"
+        return _in_columns(chunk, "seed")
+
+    rows = read("seed", read_pairs(run.sources["seed"]))
+    seed = list(pairs.map_chunks(rows, out / "read" / "marked", chunk_rows, marked_pairs))
+    counts |= _check_drops(run, "seed", [row["drop_reason"] for row in seed])
     usable = [row for row in seed if not row["drop_reason"]]
     held_out = _held_out(usable, data.validation_share, run.config.seed)
     first = next((row for row in usable if row["id"] not in held_out), None)
     if first is None:
         raise UserError("data.validation_share leaves no seed pair to train on")
 
-    if run.config.clean.duplicates or run.config.clean.near_duplicates:
-        # Which is the first of several takes all of them: every process finds the same.
-        texts = (row["response"] or "" for row in responses)
-        for place, reason in clean.duplicates(texts, run.config.clean.near_duplicates).items():
-            responses[place]["drop_reason"] = reason
-
     def marked(chunk: Sequence[dict], advance: Callable[[int], None]) -> list[dict]:
         # The instruction is yet to be written, so a response can only be too long by itself.
         _mark(chunk, prompt, (Direction.FORWARD,))
         for row in chunk:
             row["drop_reason"] = row["drop_reason"] or unwanted(row["response"])
+        advance(len(chunk))
         return _in_columns(chunk, "augmented")
 
-    chunk_rows = run.config.runtime.chunk_rows
-    try:
-        written = pairs.map_chunks(responses, out / "data" / "responses", chunk_rows, marked)
-        counts |= _check_drops(
-            "responses", run.sources["responses"], written.column("drop_reason"), limit
-        )
-    except UserError:
-        # What nobody can use is not to be set aside later. (Other processes may still be writing there.)
-        if jax.process_count() == 1 and (out / "data").exists():
-            (out / "data").rmtree()
-        raise
+    rows = read("responses", _responses(run))
+    written = pairs.map_chunks(
+        rows, out / "data" / "responses", chunk_rows, marked, "prepare responses"
+    )
+    counts |= _check_drops(run, "responses", written.column("drop_reason"))
     tables = {
         "seed": [row for row in seed if row["id"] not in held_out],
         "validation": [row for row in usable if row["id"] in held_out],
     }
-    for name, rows in tables.items():
-        rows = _in_columns(rows, "seed")
-        pairs.map_chunks(rows, out / "data" / name, chunk_rows, lambda chunk, advance: list(chunk))
+    for name, members in tables.items():
+        pairs.map_chunks(
+            members, out / "data" / name, chunk_rows, lambda chunk, advance: list(chunk)
+        )
     shown = [prompt.show(d, pairs.joined_instruction(first), first["response"]) for d in Direction]
     pairs.write_text(out / "example.txt", "\n\n".join(shown) + "\n")
     return counts | {"validation_pairs": len(tables["validation"])}
+
+
+def _responses(run: Run) -> Iterator[dict]:
+    """The unlabelled responses, each with its drop reason where an earlier one says the same."""
+    settings, rows = run.config.clean, read_responses(run.sources["responses"])
+    if not (settings.duplicates or settings.near_duplicates):
+        return rows
+    said_before = clean.duplicates(settings.near_duplicates)
+    return (row | {"drop_reason": said_before(row["response"] or "")} for row in rows)
 
 
 def _rules(settings: Clean) -> tuple[Callable[[str], bool], Callable[[str], str | None]]:
@@ -132,10 +147,9 @@ def _mark(rows: Sequence[dict], prompt: Prompt, directions: tuple[Direction, ...
         row["truncated"] = any(r.truncated for r in rendered)
 
 
-def _check_drops(
-    name: str, source: Source, drop_reasons: Sequence[str | None], limit: float
-) -> dict[str, int]:
+def _check_drops(run: Run, name: str, drop_reasons: Sequence[str | None]) -> dict[str, int]:
     """Counts by reason, from those of all rows. Raises UserError when too much, or all, was dropped."""
+    source, limit = run.sources[name], run.config.data.max_drop_share
     reasons = Counter(reason for reason in drop_reasons if reason)
     listed = ", ".join(f"{reason} {n:,}" for reason, n in sorted(reasons.items()))
     dropped = sum(reasons.values())

@@ -24,6 +24,9 @@ import yaml
 from main_jax.errors import UserError
 from main_jax.lm.batches import Example
 
+Tokens = Sequence[int] | np.ndarray
+"""Ids of a text or a part of a prompt."""
+
 
 class Direction(enum.StrEnum):
     """Which side of a pair is predicted."""
@@ -48,7 +51,7 @@ REVERSE_REQUEST = "Write the instruction that the following text answers.\n\n{}"
 """What the user turn says in the reverse direction of a chat template (ours)."""
 
 EXPORTED = """\
-{%- set state = namespace(system="") -%}
+{%- set state = namespace(system=@SYSTEM@) -%}
 {{- @FIRST@ -}}
 {%- for message in messages -%}
 {%- if message["role"] == "system" and loop.first -%}
@@ -65,6 +68,12 @@ EXPORTED = """\
 """
 """Before/after texts as a chat template. Every tag strips the white space between it and the next one,
 so that no line break of this text is output, whatever the renderer's trim_blocks and lstrip_blocks."""
+WITH_SYSTEM = """\
+{%- if not messages or messages[0]["role"] != "system" -%}
+{%- set messages = [{"role": "system", "content": @SYSTEM@}] + messages -%}
+{%- endif -%}
+"""
+"""Before a tokenizer's own chat template: the system message that the model was trained with."""
 
 
 class Frame(NamedTuple):
@@ -92,6 +101,8 @@ class Prompt:
         max_length: longest example, in tokens.
         excess_length_strategy: `drop`, `truncate` or `raise`.
         stop_ids: further ids that end a turn (of `generation_config.json`).
+        system: what the system says before a forward prompt; without a chat template it stands before the
+            instruction, with a blank line between.
 
     Raises:
         UserError: the template cannot be used with this tokenizer.
@@ -104,13 +115,12 @@ class Prompt:
         max_length: int = 2048,
         excess_length_strategy: str = "drop",
         stop_ids: Sequence[int] = (),
+        system: str | None = None,
     ):
         if tokenizer.eos_token_id is None:
-            raise UserError(
-                "the tokenizer has no eos token; set eos_token in tokenizer_config.json"
-            )
+            raise _fault(tokenizer, " has no eos token; set eos_token in tokenizer_config.json")
         self.tokenizer, self.max_length = tokenizer, max_length
-        self.strategy = excess_length_strategy
+        self.strategy, self.system = excess_length_strategy, system
         if template == "auto":
             template = "chat" if tokenizer.chat_template else "plain"
         self.end = tokenizer.eos_token_id
@@ -128,8 +138,12 @@ class Prompt:
     def _plain_frames(self, texts: Any) -> dict[Direction, Frame]:
         bos = self.tokenizer.bos_token_id
         first = [self.tokenizer.eos_token_id if bos is None else bos]
+        told = {Direction.FORWARD: f"{self.system}\n\n" if self.system else ""}
         return {
-            d: Frame(first + self.encode(texts[d]["before"]), self.encode(texts[d]["after"]))
+            d: Frame(
+                first + self.encode(texts[d]["before"] + told.get(d, "")),
+                self.encode(texts[d]["after"]),
+            )
             for d in Direction
         }
 
@@ -137,21 +151,23 @@ class Prompt:
         """Renders the chat template around marks and splits there; the template's own BOS is kept."""
         tokenizer = self.tokenizer
         if not tokenizer.chat_template:
-            raise UserError(
-                "template `chat`: the tokenizer has no chat template; use `plain` or `none`"
-            )
+            raise _fault(tokenizer, " has no chat template; use `plain` or `none`")
         condition, target = "main-jax-condition", "main-jax-target"
 
-        def render(text: str, answer: str | None) -> str:
-            messages = [{"role": "user", "content": text}]
+        def render(text: str, answer: str | None, system: str | None = None) -> str:
+            messages = [{"role": "system", "content": system}] if system else []
+            messages += [{"role": "user", "content": text}]
             messages += [{"role": "assistant", "content": answer}] if answer else []
             try:
-                return tokenizer.apply_chat_template(
+                shown = tokenizer.apply_chat_template(
                     messages, tokenize=False, add_generation_prompt=answer is None
                 )
+                shown.encode()  # no half of a surrogate pair
             except Exception as error:  # jinja2 raises many kinds; all are the template's fault
-                line = " ".join(str(error).split())
-                raise UserError(f"the tokenizer's chat template fails: {line}") from None
+                reason = " ".join(str(error).split())
+                line = f" in line {n}" if (n := getattr(error, "lineno", None)) else ""
+                raise _fault(tokenizer, f"'s chat template fails{line}: {reason}") from None
+            return shown
 
         requests = {
             Direction.FORWARD: condition,
@@ -159,14 +175,18 @@ class Prompt:
         }
         frames = {}
         for direction, request in requests.items():
-            parts = render(request, None).split(condition)
-            if len(parts) != 2:
+            system = self.system if direction is Direction.FORWARD else None
+            parts = render(request, None, system).split(condition)
+            if system and system not in parts[0]:
                 raise UserError(
-                    "the tokenizer's chat template does not show the user's text just once"
+                    "the tokenizer's chat template shows no system message before the user's text; "
+                    "leave finetune.system_prompts out or use the template `plain`"
                 )
+            if len(parts) != 2:
+                raise _fault(tokenizer, "'s chat template does not show the user's text just once")
             frames[direction] = Frame(self.encode(parts[0]), self.encode(parts[1]))
             if not frames[direction].prefix + frames[direction].suffix:
-                raise UserError("the tokenizer's chat template is empty around the user's text")
+                raise _fault(tokenizer, "'s chat template is empty around the user's text")
         tail = render(condition, target).partition(target)[2]
         special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
         ends = [i for i in self.encode(tail) if i in special]
@@ -179,9 +199,12 @@ class Prompt:
         It is for the tokenizer of a model that was trained on `direction`. A system message goes before
         the first user's text, with a blank line between; roles other than these and `assistant` raise.
         """
-        if self.texts is None:
-            return None  # the tokenizer's own is what the model was trained on
+        system = self.system if direction is Direction.FORWARD else None
+        if self.texts is None:  # the tokenizer's own is what the model was trained on
+            own = self.tokenizer.get_chat_template()
+            return WITH_SYSTEM.replace("@SYSTEM@", _jinja_string(system)) + own if system else None
         texts = {
+            "@SYSTEM@": _jinja_string(f"{system}\n\n" if system else ""),
             "@FIRST@": "eos_token" if self.tokenizer.bos_token_id is None else "bos_token",
             "@BEFORE@": _jinja_string(self.texts[direction]["before"]),
             "@AFTER@": _jinja_string(self.texts[direction]["after"]),
@@ -208,7 +231,7 @@ class Prompt:
 
     # ---------------------------------------------------------------------------------------- pairs
 
-    def render(self, direction: Direction, instruction: list[int], response: list[int]) -> Rendered:
+    def render(self, direction: Direction, instruction: Tokens, response: Tokens) -> Rendered:
         """The example of a tokenised pair, conditional and unconditional.
 
         A pair above `max_length` gets the drop reason `too_long`; under `truncate` the condition is cut
@@ -231,9 +254,9 @@ class Prompt:
                 return Rendered(None, None, False, "too_long")
             condition = condition[: max(0, len(condition) - excess)]
             target = target[: room - len(condition)]
-        target = [*target, self.end]
-        conditional = _example([*prefix, *condition, *suffix], target)
-        return Rendered(conditional, _example(prefix + suffix, target), excess > 0, None)
+        conditional = _example([prefix, condition, suffix], [target, [self.end]])
+        alone = _example([prefix, suffix], [target, [self.end]])
+        return Rendered(conditional, alone, excess > 0, None)
 
     def question(self, direction: Direction, condition: list[int], limit: int) -> np.ndarray | None:
         """The prompt that asks for a target: [P] int32, or None when it exceeds `limit` tokens.
@@ -267,14 +290,20 @@ class Prompt:
         return "\n".join(lines)
 
 
+def _fault(tokenizer: Any, what: str) -> UserError:
+    """Of a tokenizer, which is named by its folder; one that was made in memory has none."""
+    folder = f"{tokenizer.name_or_path}: " if tokenizer.name_or_path else ""
+    return UserError(f"{folder}the tokenizer{what}")
+
+
 def _jinja_string(text: str) -> str:
     """A text as a literal: Jinja reads JSON's escapes alike, and looks for no tags inside a literal."""
     return json.dumps(text, ensure_ascii=False)
 
 
-def _example(condition: list[int], target: list[int]) -> Example:
-    tokens = np.asarray([*condition, *target], np.int32)
-    return Example(tokens, np.arange(len(tokens)) >= len(condition))
+def _example(condition: Sequence[Tokens], target: Sequence[Tokens]) -> Example:
+    tokens = np.concatenate([np.asarray(part, np.int32) for part in (*condition, *target)])
+    return Example(tokens, np.arange(len(tokens)) >= sum(map(len, condition)))
 
 
 def resolve_template(template: str | dict) -> str | dict:
@@ -306,4 +335,6 @@ def resolve_template(template: str | dict) -> str | dict:
                 text = None
             if not isinstance(text, str):
                 raise UserError(f"{source}: a template needs the text {direction}.{part}")
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise UserError(f"{source}: {direction}.{part}: half a surrogate pair, not text")
     return template

@@ -27,8 +27,10 @@ from main_jax.config import Config
 from main_jax.data.files import digest, files_below
 from main_jax.data.sources import Source, open_source
 from main_jax.errors import UserError
+from main_jax.lm.metrics import Reporting
 from main_jax.lm.multihost import barrier, first
 from main_jax.lm.progress import say
+from main_jax.lm.runtime import forget_peak_memory, peak_memory_bytes
 from main_jax.pairs import read_parts, write_json
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from main_jax.prompts import Prompt
 
 
-ANY_RESULT = ("compile_cache", "preemption_exit_code")
+ANY_RESULT = ("compile_cache", "preemption_exit_code", "report_to")
 """Keys of `runtime` that no result depends on."""
 DATA = ("seed", "responses")
 
@@ -119,13 +121,21 @@ class Run:
         `excess_length_strategy: raise` is for the user's rows, which `prepare` checks; a generated text
         nobody can mend, so a pair that it makes too long is dropped.
         """
-        strategy = self.config.prompt.excess_length_strategy
-        return self.prompt_with("drop" if strategy == "raise" else strategy)
+        return self.prompt_with()
 
-    def prompt_with(self, excess_length_strategy: str) -> Prompt:
-        """The template with a strategy of its own."""
-        length = self.config.prompt.max_length
-        return self.base.prompt(self.template, length, excess_length_strategy)
+    def prompt_with(self, system: str | None = None, *, strict: bool = False) -> Prompt:
+        """The template with what the system says first; `strict`: with the user's `raise`."""
+        settings = self.config.prompt
+        strategy = settings.excess_length_strategy
+        if strategy == "raise" and not strict:
+            strategy = "drop"
+        return self.base.prompt(self.template, settings.max_length, strategy, system)
+
+    @cached_property
+    def inference_prompt(self) -> Prompt:
+        """The template as the finetuned models are asked, with what the system then says."""
+        told = self.config.finetune.system_prompts.at_inference
+        return self.prompt_with(told) if told else self.prompt
 
     @cached_property
     def template(self) -> str | dict:
@@ -133,6 +143,11 @@ class Run:
         from main_jax.prompts import resolve_template
 
         return resolve_template(self.config.prompt.template)
+
+    @property
+    def reporting(self) -> Reporting:
+        """Where metrics go besides `metrics.jsonl`."""
+        return Reporting(self.config.runtime.report_to, group=self.path.name)
 
     # -------------------------------------------------------------------------------- running stages
 
@@ -160,7 +175,7 @@ class Run:
         for file in left:  # what a killed run was just writing
             if first() and file.name.startswith(".") and file.name.endswith(".tmp"):
                 file.unlink()
-        manifest = {
+        manifest: dict[str, Any] = {
             "stage": name,
             "status": "running",
             "fingerprint": fingerprint,
@@ -168,9 +183,11 @@ class Run:
             "inputs": self._inputs(stage),
             "versions": versions(),
             "seconds": old.get("seconds", 0.0),
+            "peak_host_memory_mb": old.get("peak_host_memory_mb", 0),
         }
         write_json(directory / "manifest.json", manifest)
         barrier(f"{name}: begins")
+        forget_peak_memory()
         start = time.monotonic()
         try:
             counts = stage.function(self, directory)
@@ -179,10 +196,13 @@ class Run:
             raise
         seconds = round(manifest["seconds"] + time.monotonic() - start, 2)
         manifest |= {"status": "done", "counts": counts, "seconds": seconds}
+        peak = max(manifest["peak_host_memory_mb"], round(peak_memory_bytes() / 1e6))
+        manifest["peak_host_memory_mb"] = peak
         write_json(directory / "manifest.json", manifest)
         barrier(f"{name}: done")
         shown = ", ".join(f"{n:,} {key.replace('_', ' ')}" for key, n in counts.items())
-        say(f"{name}: done in {seconds:.0f} s{': ' if shown else ''}{shown}")
+        at_most = f"{peak:,} MB of host memory at most"
+        say(f"{name}: done in {seconds:.0f} s, {at_most}{': ' if shown else ''}{shown}")
         return True
 
     def check_needs(self, name: str) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Generator, Sequence
+import math
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -23,10 +24,10 @@ from main_jax.augment import complete
 from main_jax.checks import check_output, check_room
 from main_jax.config import Runtime
 from main_jax.data.files import digest
-from main_jax.data.reading import read_instructions, read_pairs, read_responses
+from main_jax.data.reading import read_instructions, read_pairs, read_responses, staged
 from main_jax.data.sources import Source, open_source
 from main_jax.errors import UserError
-from main_jax.filter import score_columns, with_filter
+from main_jax.filter import MEASURED, score_columns, with_filter
 from main_jax.hub import find_model
 from main_jax.lm.generate import Sampling
 from main_jax.lm.multihost import barrier, first
@@ -37,11 +38,7 @@ from main_jax.prompts import Direction, resolve_template
 from main_jax.score import score_rows
 
 CHUNK_ROWS = 1024
-MEASURED = (
-    "id", "forward_nll_sum", "forward_tokens", "reverse_nll_sum", "reverse_tokens",
-    "response_nll_sum", "instruction_nll_sum", "drop_reason",
-)  # fmt: skip
-"""Columns that a filter needs."""
+Types = dict[str, pa.DataType]
 NOT_OURS = ("source", "origin", "round", "finish_reason")
 """Columns of the pair table that scoring does not fill where the user has them."""
 
@@ -77,19 +74,8 @@ def score_file(
     for path, checkpoint in opened.items():
         limit = max_length or min(2048, checkpoint.decoder.config.max_position_embeddings)
         templates[path] = checkpoint.prompt(template, limit, excess_length_strategy)
-    rows = read_pairs(source)
-    _say_skipped(source)
-    check_room(output, 4 * (source.size_bytes() or 0) + 1_000_000, "the output")
-    if output.endswith(".parquet"):
-        user_table(output, [row["raw"] for row in rows])  # better now than after the work
-    if show_example and first():
-        for direction, path in zip(Direction, paths, strict=True):
-            row = rows[0]
-            print(
-                templates[path].show(
-                    direction, pairs.joined_instruction(row), row["response"] or ""
-                )
-            )
+    theirs = _their_columns(output, source)  # better now than after the work
+    check_room(output, 6 * (source.size_bytes() or 0) + 1_000_000, "the output")
     model = cache(lambda path: opened[path].model())
 
     def score_chunk(chunk: Sequence[dict], advance: Callable[[int], None]) -> list[dict]:
@@ -105,30 +91,43 @@ def score_file(
         "tokens_per_batch": tokens_per_batch,
     }  # fmt: skip
     with _partial(output, settings) as folder:
-        scored = list(pairs.map_chunks(rows, folder, CHUNK_ROWS, score_chunk, "score", "pairs"))
-        _write_scored(output, rows, scored, seed)
-    dropped = sum(not row["keep"] for row in scored)
-    if dropped == len(scored):
+        rows = _staged(source, read_pairs(source), folder)
+        if show_example and first():
+            row = rows[:1][0]
+            for direction, path in zip(Direction, paths, strict=True):
+                instruction, response = pairs.joined_instruction(row), row["response"] or ""
+                print(templates[path].show(direction, instruction, response))
+        scored = pairs.map_chunks(
+            rows, folder / "scored", CHUNK_ROWS, score_chunk, "score", "pairs"
+        )
+        table = pairs.read_parts(folder / "scored", MEASURED)
+        scores = score_columns(table, seed)
+        _write(output, *_scored(source, scored, scores, theirs))
+    dropped = table["forward_nll_sum"].null_count
+    if dropped == len(table):
         raise UserError(f"{source}: no row could be scored; {output} says why (drop_reason)")
-    say(f"{output}: {len(scored):,} rows, {dropped:,} of them without scores (see drop_reason)")
+    say(f"{output}: {len(table):,} rows, {dropped:,} of them without scores (see drop_reason)")
 
 
-def _write_scored(output: str, rows: Sequence[dict], scored: Sequence[dict], seed: int) -> None:
-    """The user's rows with what was measured and every filter score."""
-    table = pairs.table_of(scored)
-    for name, values in score_columns(table, seed).items():
-        table = table.append_column(name, pa.array(values, mask=~np.isfinite(values)))
-    theirs = dict.fromkeys(name for row in rows for name in row["raw"])
-    table = table.drop_columns([name for name in NOT_OURS if name in theirs])
-    own = [{k: v for k, v in row["raw"].items() if k not in table.column_names} for row in rows]
-    if output.endswith(".parquet"):
-        others = user_table(output, own)
-        for name in others.column_names:
-            table = table.append_column(name, others[name])
-        pairs.write_table(output, table)
-    else:
-        both = zip(table.to_pylist(), own, strict=True)
-        pairs.write_jsonl(output, [ours | theirs for ours, theirs in both])
+def _scored(
+    source: Source, scored: pairs.Rows, scores: dict[str, np.ndarray], theirs: Types
+) -> tuple[Iterator[dict], Types]:
+    """The user's rows with what was measured and every filter score; and their columns."""
+    ours = {k: t for k, t in pairs.COLUMNS.items() if k not in NOT_OURS or k not in theirs}
+    ours |= dict.fromkeys(scores, pa.float64())
+    others = {k: t for k, t in theirs.items() if k not in ours}
+
+    def rows() -> Iterator[dict]:
+        columns = zip(*scores.values(), strict=True)
+        for raw, row, values in zip(source, scored, columns, strict=True):
+            found = row | {
+                n: float(v) if np.isfinite(v) else None for n, v in zip(scores, values, strict=True)
+            }
+            yield {k: found[k] for k in ours} | {
+                k: v for k, v in raw.values.items() if k not in ours
+            }
+
+    return rows(), ours | others
 
 
 def filter_file(
@@ -146,18 +145,40 @@ def filter_file(
     Needs no model: every score follows from the NLLs and token counts. Raises UserError, one line.
     """
     source, output = _open_both(scored, "SCORED", output)
-    rows = [row.values for row in source]
-    missing = [name for name in MEASURED if not any(name in row for row in rows)]
-    if missing:
+    theirs = _their_columns(output, source)
+    if missing := [name for name in MEASURED if name not in theirs]:
         raise UserError(f"{scored}: no column {missing[0]}; `main-jax score` writes it")
-    table = user_table(output, rows)
-    for name in MEASURED:
-        place = table.column_names.index(name)
-        table = table.set_column(place, name, table[name].cast(pairs.COLUMNS[name]))
+    table = _measured(source)
     table = with_filter(table, by, select, keep, seed)
-    kept = table.filter(table["keep"])
-    pairs.write_table(output, table if every_pair else kept)
-    say(f"{output}: {by} keeps {kept.num_rows:,} of {table.num_rows:,} rows")
+    columns = theirs | dict(zip(table.column_names, table.schema.types, strict=True))
+
+    def rows() -> Iterator[dict]:
+        new = (row for batch in table.to_batches(pairs.ROW_GROUP) for row in batch.to_pylist())
+        for raw, row in zip(source, new, strict=True):
+            if every_pair or row["keep"]:
+                yield raw.values | row
+
+    _write(output, rows(), columns)
+    kept = int(np.count_nonzero(np.asarray(table["keep"])))
+    say(f"{output}: {by} keeps {kept:,} of {len(table):,} rows")
+
+
+def _measured(source: Source) -> pa.Table:
+    """What a filter needs of a scored file. Raises UserError for a value of another type."""
+    columns: dict[str, list] = {name: [] for name in MEASURED}
+    for row in source:
+        for name, column in columns.items():
+            value, kind = row.values.get(name), pairs.COLUMNS[name]
+            if isinstance(value, float) and math.isnan(value):
+                value = None  # as pandas writes it
+            try:
+                column.append(pa.scalar(value, kind).as_py())
+                if column[-1] != value:  # 1.5 tokens
+                    raise ValueError
+            except (ValueError, TypeError, OverflowError):  # Arrow's are both
+                shown = f"{type(value).__name__} {str(value)[:40]!r}"
+                raise UserError(f"{row}, {name}: expected {kind}, found {shown}") from None
+    return pa.table({n: pa.array(c, pairs.COLUMNS[n]) for n, c in columns.items()})
 
 
 def generate_file(
@@ -187,11 +208,8 @@ def generate_file(
         )
     prompt = checkpoint.prompt(template, positions)
     forward = direction is Direction.FORWARD
-    rows = (read_instructions if forward else read_responses)(source)
-    _say_skipped(source)
-    check_room(output, 4 * (source.size_bytes() or 0) + 1_000_000, "the output")
-    if output.endswith(".parquet"):
-        user_table(output, [row["raw"] for row in rows])  # better now than after the work
+    theirs = _their_columns(output, source)  # better now than after the work
+    check_room(output, 6 * (source.size_bytes() or 0) + 1_000_000, "the output")
     load = cache(checkpoint.model)
 
     def write_chunk(chunk: Sequence[dict], advance: Callable[[int], None]) -> list[dict]:
@@ -208,20 +226,16 @@ def generate_file(
         "seed": seed, "batch_size": batch_size,
     }  # fmt: skip
     with _partial(output, settings) as folder:
-        written = pairs.map_chunks(rows, folder, CHUNK_ROWS, write_chunk, "generate")
-        columns = [
-            row["raw"] | {name: new[name] for name in ("completion", "finish_reason")}
-            for row, new in zip(rows, written, strict=True)
-        ]
-        _write_generated(output, columns)
-    say(f"{output}: {len(columns):,} rows")
-
-
-def _write_generated(output: str, columns: Sequence[dict]) -> None:
-    if output.endswith(".parquet"):
-        pairs.write_table(output, user_table(output, columns))
-    else:
-        pairs.write_jsonl(output, columns)
+        read = read_instructions if forward else read_responses
+        rows = _staged(source, read(source), folder)
+        written = pairs.map_chunks(rows, folder / "generated", CHUNK_ROWS, write_chunk, "generate")
+        new = {"completion": pa.string(), "finish_reason": pa.string()}
+        answered = (
+            raw.values | {name: row[name] for name in new}
+            for raw, row in zip(source, written, strict=True)
+        )
+        _write(output, answered, theirs | new)
+    say(f"{output}: {len(written):,} rows")
 
 
 @contextmanager
@@ -245,18 +259,36 @@ def _partial(output: str, settings: dict) -> Generator[epath.Path]:
         folder.rmtree()
 
 
-def user_table(output: str, rows: Sequence[dict]) -> pa.Table:
-    """A table of rows with columns of the user's own. Raises UserError when Parquet cannot hold them."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    try:
-        table = pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
-        pq.write_table(table.slice(0, 0), pa.BufferOutputStream())
-    except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
-        raise UserError(
-            f"{output}: the other columns do not fit a Parquet table ({error}); "
-            "choose a name that ends in .jsonl"
-        ) from None
-    return table
+def _staged(source: Source, rows: Iterator[dict], folder: epath.Path) -> pairs.Rows:
+    found, skipped = staged(source, rows, folder / "rows", CHUNK_ROWS)
+    for reason, n in skipped.items():
+        say(f"{source}: {n:,} rows left out by its rules: {reason}")
+    return found
+
+
+def _their_columns(output: str, source: Source) -> Types:
+    """The columns of the user's rows. Raises UserError where the output is Parquet and cannot hold them."""
+    names: Types = {}
+    schema = pa.schema([])
+    for batch in pairs.batched((row.values for row in source), pairs.ROW_GROUP):
+        names |= {name: pa.null() for row in batch for name in row if name not in names}
+        if not output.endswith(".parquet"):
+            continue
+        try:
+            table = pa.Table.from_pylist([{n: row.get(n) for n in names} for row in batch])
+            schema = pa.unify_schemas([schema, table.schema], promote_options="permissive")
+            pq.write_table(schema.empty_table(), pa.BufferOutputStream())
+        except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
+            raise UserError(
+                f"{output}: the other columns do not fit a Parquet table ({error}); "
+                "choose a name that ends in .jsonl"
+            ) from None
+    return names | {field.name: field.type for field in schema}
+
+
+def _write(output: str, rows: Iterator[dict], columns: Types) -> None:
+    schema = pa.schema(list(columns.items())) if output.endswith(".parquet") else None
+    pairs.write_rows(output, rows, schema)
 
 
 def _open_both(data: str, key: str, output: str) -> tuple[Source, str]:
@@ -268,8 +300,3 @@ def _open_both(data: str, key: str, output: str) -> tuple[Source, str]:
         raise UserError(f"--output: {output}: expected a name that ends in .jsonl or .parquet")
     check_output(Path(output).parent, "--output")
     return source, output
-
-
-def _say_skipped(source: Source) -> None:
-    for reason, n in sorted(source.skipped.items()):
-        say(f"{source}: {n:,} rows left out by its rules: {reason}")

@@ -32,7 +32,7 @@ def main(config: str, run: str, log: str, stages: str, *which: str) -> None:
     did = {}
 
     def written(path, table):
-        done["parts"].append(f"{path.parent.name}/{path.name}")
+        done["parts"].append("/".join(path.parts[-3:]))
         write_part(path, table)
 
     def encoded(prompt, texts):

@@ -8,6 +8,13 @@ from main_jax.data import clean
 from main_jax.errors import UserError
 
 
+def duplicates(texts: list[str], near: float | None = None) -> dict[int, str]:
+    """Place -> drop reason, of texts that come one after another."""
+    said_before = clean.duplicates(near)
+    reasons = {place: said_before(text) for place, text in enumerate(texts)}
+    return {place: reason for place, reason in reasons.items() if reason}
+
+
 def triples(text: str) -> set[tuple[str, ...]]:
     said = text.lower().split()
     return {tuple(said[i : i + 3]) for i in range(max(1, len(said) - 2))}
@@ -30,7 +37,7 @@ def test_the_same_words_are_a_duplicate_whatever_their_case_and_punctuation():
         "!!",
         "!!",
     ]
-    assert clean.duplicates(texts) == {2: "duplicate", 5: "duplicate", 8: "duplicate"}
+    assert duplicates(texts) == {2: "duplicate", 5: "duplicate", 8: "duplicate"}
 
 
 def test_near_duplicates_are_those_of_brute_force_away_from_the_threshold():
@@ -46,7 +53,7 @@ def test_near_duplicates_are_those_of_brute_force_away_from_the_threshold():
                 other[place] = "other"
             texts.append(" ".join(other))
     rng.shuffle(texts)
-    found = clean.duplicates(texts, near=0.8)
+    found = duplicates(texts, near=0.8)
     kept = [i for i in range(len(texts)) if i not in found]
     for i, text in enumerate(texts):
         closest = max((jaccard(text, texts[j]) for j in kept if j < i), default=0.0)
@@ -56,13 +63,13 @@ def test_near_duplicates_are_those_of_brute_force_away_from_the_threshold():
             assert i not in found, closest
     assert 60 < len(found) < 240
     assert set(found.values()) <= {"duplicate", "near_duplicate"}
-    assert clean.duplicates(texts, near=0.8) == found  # nothing is drawn anew
-    assert not clean.duplicates(texts[:1] * 1, near=0.8)
+    assert duplicates(texts, near=0.8) == found  # nothing is drawn anew
+    assert not duplicates(texts[:1], near=0.8)
 
 
 def test_without_near_only_equal_texts_are_dropped():
     texts = ["one two three four five six seven", "one two three four five six eight"] * 2
-    assert clean.duplicates(texts) == {2: "duplicate", 3: "duplicate"}
+    assert duplicates(texts) == {2: "duplicate", 3: "duplicate"}
 
 
 def test_contamination_is_so_many_words_in_a_row():

@@ -21,7 +21,7 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 from score_reference import ROWS, TEMPLATES, largest_difference, make_pair, reference
-from tiny_llama import make_tiny_llama
+from tiny_llama import ANY_INSTRUCTION, make_tiny_llama
 
 from main_jax.cli import main
 from main_jax.data.sources import open_source
@@ -450,7 +450,7 @@ def own(tiny, tmp_path):
         },
         "prompt": {"max_length": 128},
         "align": {"sampling": {"max_new_tokens": 8}},
-        "augment": {"sampling": {"max_new_tokens": 8}},
+        "augment": {"sampling": {"max_new_tokens": 8}, "hygiene": ANY_INSTRUCTION},
     }
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -637,13 +637,14 @@ def test_mistakes_in_the_data(own, tiny, tmp_path, capsys):
 
 
 def _last_line(capsys, *arguments) -> str:
-    """Of a run, which may have said that a stage continues; nothing else but the mistake's line follows."""
+    """Of a run, which may have said how far it came; nothing else but the mistake's line follows."""
     code, out, err = call(capsys, *arguments)
     assert (code, out) == (2, "")
     lines = err.splitlines()
     assert [line for line in lines if line.startswith("main-jax: ")] == lines[-1:]
     assert "Traceback" not in err
-    assert all(re.fullmatch(r"prepare: continues", line) for line in lines[:-1]), err
+    known = r"prepare: continues|prepare responses: \d.*"
+    assert all(re.fullmatch(known, line) for line in lines[:-1]), err
     return lines[-1]
 
 

@@ -20,6 +20,7 @@ CHOSEN: dict[str, Any] = {  # where a value of the right type is not enough
     "filter.select": "quantile",
     "finetune.arms": ["none", "random"],
     "prompt.template": "plain",
+    "runtime.report_to": ["tensorboard", "wandb"],
     "clean.decontaminate": ["tests.jsonl"],
     "clean.drop_patterns": ["cookie"],
     "data.seed_columns": {"instruction": "question"},

@@ -13,14 +13,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from tiny_llama import make_tiny_llama
+from etils import epath
+from tiny_llama import ANY_INSTRUCTION, make_tiny_llama
 
+from main_jax import finetune as finetune_module
 from main_jax.cli import main
+from main_jax.config import Config
 from main_jax.lm.checkpoint import load_params
 from main_jax.lm.hf import load_checkpoint, stop_ids
 from main_jax.lm.model import Decoder
 from main_jax.lm.tokenizer import load_tokenizer
 from main_jax.pairs import read_parts
+from main_jax.pipeline import open_run
+from main_jax.strict_yaml import load_config
 
 STAGES = ("prepare", "align", "augment", "score", "filter", "finetune", "evaluate")
 OF_A_RUN = (*STAGES, "export")  # whose verb is about a run as a whole
@@ -89,7 +94,7 @@ def own(tmp_path_factory):
         },
         "prompt": {"max_length": 160, "template": "none"},
         "align": {**training, "round_0": {"max_steps": 4}, "sampling": {**sampling, "temperature": 0.7}},
-        "augment": {"sampling": sampling},
+        "augment": {"sampling": sampling, "hygiene": ANY_INSTRUCTION},
         "score": {"tokens_per_batch": 2048},
         "finetune": {**training, "arms": ["seed_only"]},
         "runtime": {"chunk_rows": 25, "generation_batch_size": 16},
@@ -430,7 +435,7 @@ def test_stage_by_stage_with_everything_set_otherwise(own, tmp_path, capsys):
         prompt={"template": "plain", "excess_length_strategy": "truncate"},
         align={**training, "rounds": 2, "restart": "base", "control": True,
                "weighting": {"strategy": "softmax"}},
-        finetune={**training, "arms": ["none", "random"]},
+        finetune={**training, "arms": ["none", "random"], "system_prompts": TOLD},
         filter={"by": "mutual_z", "select": "top_k", "keep": 7},
         clean={"duplicates": False},
     )  # fmt: skip
@@ -488,6 +493,30 @@ def test_stage_by_stage_with_everything_set_otherwise(own, tmp_path, capsys):
         r["mutual"] is not None for r in table.values()
     )
     assert results["base"]["validation_nll_nats_per_token"] is None  # nothing was held out
+    check_system_prompts(run, config, tmp_path)
+
+
+TOLD = {"seed": "As an assistant.", "augmented": "From the web."}
+
+
+def check_system_prompts(run: Path, config: Path, tmp_path: Path) -> None:
+    """Of every training of the last stage, what it was told by origin; and the exported template."""
+    trained = []
+    opened = open_run(load_config(Config, str(config)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune_module, "fit", lambda d, b, units, *_, **__: trained.append(units))
+        counts = finetune_module.finetune(opened, epath.Path(tmp_path / "again"))
+    seeds = sum(not row["drop_reason"] for row in rows(run, "prepare", "seed"))
+    for arm, units in zip(("none", "random", "mutual_z"), trained, strict=True):
+        texts = [opened.prompt.decode(unit.examples[0].tokens) for unit in units]
+        assert len(texts) == seeds + counts[f"{arm}_kept"] > seeds
+        assert all(f"{TOLD['seed']}\n\n" in text for text in texts[:seeds])
+        assert all(f"{TOLD['augmented']}\n\n" in text for text in texts[seeds:])
+    assert main(["export", str(run), str(tmp_path / "hf")]) == 0
+    asked = load_tokenizer(tmp_path / "hf").apply_chat_template(
+        [{"role": "user", "content": "Why?"}], tokenize=False
+    )
+    assert f"{TOLD['seed']}\n\nWhy?" in asked
 
 
 def test_no_rounds_and_too_many_drops(own, tmp_path, capsys):

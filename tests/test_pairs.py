@@ -4,22 +4,33 @@ import datetime
 import hashlib
 import json
 import os
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from together import Together
 
 from main_jax import pairs
-from main_jax.data.reading import read_instructions, read_pairs, read_responses
+from main_jax.data import reading
 from main_jax.data.sources import open_source
 from main_jax.errors import UserError
 from main_jax.lm import progress
 from main_jax.lm.multihost import Preempted
 from main_jax.pairs import COLUMNS
+
+
+def read_pairs(source) -> list[dict]:
+    return list(reading.read_pairs(source))
+
+
+def read_responses(source) -> list[dict]:
+    return list(reading.read_responses(source))
+
+
+def read_instructions(source) -> list[dict]:
+    return list(reading.read_instructions(source))
 
 
 def jsonl(path, rows, newline="\n"):
@@ -75,7 +86,7 @@ def test_two_columns(names, write):
     rows = [dict(zip(names, (f"q{i}", f"a{i}"), strict=True)) | {"other": i} for i in range(3)]
     read = read_pairs(write(rows))
     assert texts(read) == [(f"q{i}", None, f"a{i}") for i in range(3)]
-    assert [r["raw"] for r in read] == rows
+    assert [r["row_number"] for r in read] == [1, 2, 3]
     assert [r["row_number"] for r in read] == [1, 2, 3]
 
 
@@ -428,7 +439,9 @@ def test_chunks_without_rows_or_with_unlike_columns(tmp_path):
     assert (len(none), list(none)) == (0, [])
     pairs.map_chunks([{"id": str(i)} for i in range(3)], tmp_path / "d", 1, own)
     assert pairs.read_parts(tmp_path / "d")["own1"].to_pylist() == [None, 1, None]
-    assert [list(c) for c in pairs.chunks(range(5), 2)] == [[0, 1], [2, 3], [4]]
+    assert list(pairs.batched(range(5), 2)) == [[0, 1], [2, 3], [4]]
+    assert list(pairs.batched(range(4), 2)) == [[0, 1], [2, 3]]
+    assert list(pairs.batched([], 2)) == [[]]
 
 
 def test_stored_rows_are_read_part_by_part(tmp_path, monkeypatch):
@@ -436,8 +449,10 @@ def test_stored_rows_are_read_part_by_part(tmp_path, monkeypatch):
         rows = pairs.table_of([{"id": i} for i in ids])
         pairs.write_table(tmp_path / f"part-{part:05}.parquet", rows)
     stored, read = pairs.Rows(tmp_path), []
-    whole = pq.read_table
-    monkeypatch.setattr(pq, "read_table", lambda f, **kw: read.append(f.name[-9]) or whole(f, **kw))
+    whole = pairs._read_part
+    monkeypatch.setattr(
+        pairs, "_read_part", lambda f, c=None: read.append(f.name[-9]) or whole(f, c)
+    )
     for start in range(7):
         for stop in range(start, 9):
             assert [row["id"] for row in stored[start:stop]] == list("abcdef"[start:stop])
@@ -451,41 +466,20 @@ def test_stored_rows_are_read_part_by_part(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------- several processes
 
 
-class Together:
-    """Processes as threads: each knows its number, all wait for all, and all stop at the same question."""
+def map_doubled(together, rows, folder, delay=lambda index, ids: 0.0):
+    """What map_chunks gives in each process, the ids that each was asked for, how often it asked."""
+    calls = [[] for _ in range(together.count)]
 
-    def __init__(self, monkeypatch, count, stop_at=None):
-        self.here, self.all, self.stop_at = threading.local(), threading.Barrier(count), stop_at
-        self.count = count
-        monkeypatch.setattr(jax, "process_count", lambda: count)
-        monkeypatch.setattr(jax, "process_index", lambda: self.here.index)
-        monkeypatch.setattr(pairs, "barrier", lambda name: self.all.wait(30))
-        monkeypatch.setattr(pairs, "stop_asked", self.stop_asked)
+    def work(index):
+        def double(chunk, advance):
+            calls[index].append([row["id"] for row in chunk])
+            time.sleep(delay(index, calls[index][-1]))
+            return [row | {"response": row["id"] * 2} for row in chunk]
 
-    def stop_asked(self) -> bool:
-        self.here.asked += 1
-        return self.here.asked == self.stop_at
+        return list(pairs.map_chunks(rows, folder, 4, double))
 
-    def map(self, rows, folder, delay=lambda index, ids: 0.0):
-        """What map_chunks gives in each process, the ids that each was asked for, how often it asked."""
-
-        def process(index):
-            self.here.index, self.here.asked = index, 0
-            calls = []
-
-            def double(chunk, advance):
-                calls.append([row["id"] for row in chunk])
-                time.sleep(delay(index, calls[-1]))
-                return [row | {"response": row["id"] * 2} for row in chunk]
-
-            try:
-                found = list(pairs.map_chunks(rows, folder, 4, double))
-            except Preempted as error:
-                found = error
-            return found, calls, self.here.asked
-
-        with ThreadPoolExecutor(self.count) as pool:
-            return zip(*pool.map(process, range(self.count)), strict=True)
+    found, asked = together.run(work)
+    return found, tuple(calls), asked
 
 
 ROWS = [{"id": chr(ord("a") + i)} for i in range(19)]  # abcd efgh ijkl mnop qrs
@@ -511,7 +505,7 @@ def test_every_process_does_its_own_missing_chunks(count, alone, tmp_path, monke
     (folder / "part-00001.parquet").write_bytes((alone[0] / "part-00001.parquet").read_bytes())
     together = Together(monkeypatch, count)
     # The first process is the slowest: what others have written by then is not taken for done before.
-    found, calls, asked = together.map(ROWS, folder, lambda index, ids: 0.2 * (index == 0))
+    found, calls, asked = map_doubled(together, ROWS, folder, lambda index, ids: 0.2 * (index == 0))
     assert [["".join(ids) for ids in mine] for mine in calls] == {
         2: [["abcd", "mnop"], ["ijkl", "qrs"]],
         3: [["abcd", "qrs"], ["ijkl"], ["mnop"]],
@@ -521,20 +515,20 @@ def test_every_process_does_its_own_missing_chunks(count, alone, tmp_path, monke
     assert all(each == rows for each in found)
     assert files(folder) == files(alone[0])
     # Once more: nothing to do, and nobody asks.
-    _, calls, asked = together.map(ROWS, folder)
+    _, calls, asked = map_doubled(together, ROWS, folder)
     assert (calls, asked) == (([],) * count, (0,) * count)
 
 
 def test_all_processes_stop_after_the_same_round_and_continue(alone, tmp_path, monkeypatch):
     folder = tmp_path / "d"
-    found, calls, asked = Together(monkeypatch, 2, stop_at=2).map(ROWS, folder)
+    found, calls, asked = map_doubled(Together(monkeypatch, 2, stop_at=2), ROWS, folder)
     assert all(isinstance(each, Preempted) for each in found)
     assert [str(each).split(": ")[1] for each in found] == [
         f"stopped after part-{part:05}.parquet" for part in (2, 3)
     ]
     assert asked == (2, 2) and [len(mine) for mine in calls] == [2, 2]
     assert len(files(folder)) == 4
-    found, calls, _ = Together(monkeypatch, 3).map(ROWS, folder)
+    found, calls, _ = map_doubled(Together(monkeypatch, 3), ROWS, folder)
     assert calls == ([list("qrs")], [], [])
     assert files(folder) == files(alone[0])
 

@@ -281,6 +281,42 @@ def test_a_tokenizers_own_chat_template_is_exported_as_it_is():
     assert prompt.chat_template() == prompt.chat_template(FORWARD) != prompt.chat_template(REVERSE)
 
 
+@pytest.mark.parametrize("name", ["plain", "chat"])
+def test_what_the_system_says_stands_in_the_forward_direction_alone(name):
+    said = 'Answer "well"\nand soon.'
+    made = tokenizer(CHATML if name == "chat" else None)
+    prompt, without = Prompt(made, name, system=said), Prompt(made, name)
+    assert rendered(prompt, REVERSE) == rendered(without, REVERSE)
+    conditional, _ = rendered(prompt, FORWARD)
+    if name == "plain":
+        before = "### Instruction:\n" + said + "\n\n"
+        expected = [BOS, *raw(before), *raw(ASK), *raw("\n\n### Response:\n")]
+    else:
+        turns_of = [{"role": "system", "content": said}, {"role": "user", "content": ASK}]
+        expected = made.apply_chat_template(turns_of, add_generation_prompt=True)["input_ids"]
+    assert conditional[: len(expected)] == expected
+    # And in the exported template, where nobody says otherwise.
+    template = prompt.chat_template()
+
+    def shown(*messages):
+        return made.apply_chat_template(
+            [{"role": role, "content": text} for role, text in messages],
+            chat_template=template, tokenize=False, add_generation_prompt=True,
+        )  # fmt: skip
+
+    asked = shown(("user", ASK))
+    assert asked == shown(("system", said), ("user", ASK)) and said in asked
+    assert said not in shown(("system", "Be brief."), ("user", ASK))
+    assert "Be brief." in shown(("system", "Be brief."), ("user", ASK))
+    assert asked.count(said) == 1
+    assert prompt.chat_template(REVERSE) == without.chat_template(REVERSE)
+
+
+def test_a_chat_template_that_leaves_the_system_out_is_refused():
+    with pytest.raises(UserError, match=r"shows no system message .* leave finetune.system_prompts"):
+        Prompt(tokenizer("{{ messages[-1].content }}:"), "chat", system="Answer well.")
+
+
 @pytest.mark.parametrize(
     ("made", "template", "message"),
     [

@@ -75,18 +75,21 @@ def test_each_process_does_its_own_part_alone(both):
     _, _, (first, second) = both
 
     def written(did, stage):
-        return [int(part[-13:-8]) for part in did[stage]["parts"] if not part.startswith("seed")]
+        return [int(part[-13:-8]) for part in did[stage]["parts"]]
 
-    # prepare: four parts of responses, one of validation; score: four; augment: the one that was missing.
+    # score: four parts; augment: the one that was missing.
     assert [written(did, "score") for did in (first, second)] == [[0, 2], [1, 3]]
     assert [written(did, "augment") for did in (first, second)] == [[3], []]
-    of_responses = [
-        [part for part in did["prepare"]["parts"] if part.startswith("responses")]
-        for did in (first, second)
-    ]
-    assert of_responses == [
-        [f"responses/part-0000{i}.parquet" for i in which] for which in ((0, 2), (1, 3))
-    ]
+
+    def prepared(did, folder):
+        return [int(p[-13:-8]) for p in did["prepare"]["parts"] if p.startswith(folder)]
+
+    # The sources are read by the first process alone; the rows are then dealt out.
+    for folder, whose in {
+        "read/responses": ([0, 1, 2, 3], []), "data/responses": ([0, 2], [1, 3]),
+        "read/seed": ([0, 1, 2], []), "read/marked": ([0, 2], [1]),
+    }.items():  # fmt: skip
+        assert (prepared(first, folder), prepared(second, folder)) == whose
     assert first["score"]["models"] == second["score"]["models"] == ["forward", "reverse"]
     assert (first["augment"]["models"], second["augment"]["models"]) == (["reverse"], [])
 

@@ -20,11 +20,23 @@ from tiny_llama import make_tiny_llama
 
 from main_jax.cli import main
 from main_jax.config import Config
-from main_jax.data.reading import read_instructions, read_pairs, read_responses
+from main_jax.data import reading
 from main_jax.data.sources import open_source
 from main_jax.errors import UserError
 from main_jax.plan import work_of
 from main_jax.strict_yaml import load_config
+
+
+def read_pairs(source) -> list[dict]:
+    return list(reading.read_pairs(source))
+
+
+def read_responses(source) -> list[dict]:
+    return list(reading.read_responses(source))
+
+
+def read_instructions(source) -> list[dict]:
+    return list(reading.read_instructions(source))
 
 
 def jsonl(path, rows) -> str:
@@ -372,7 +384,6 @@ def test_oasst1_pairs(oasst1):
     later = rows[1]
     assert later["instruction"] == "and now six words once more"  # what was said before is left out
     assert later["response"] == "six words are just enough here"
-    assert later["raw"]["quality"] == pytest.approx(1.4)
     assert rows[2]["instruction"] == "a question that is not ranked"
     assert rows[0]["weight"] == 1.0
 
@@ -460,8 +471,8 @@ def test_refinedweb_rules(options, names, skipped, tmp_path):
     source = open_source(f"refinedweb:{path}{options}")
     rows = read_responses(source)
     assert answers(rows) == [WEB[name] for name in names]
-    assert [row["raw"]["url"] for row in rows] == [f"http://{name}" for name in names]
     assert dict(source.skipped) == skipped
+    assert [row.values["url"] for row in source] == [f"http://{name}" for name in names]
     assert len(list(source)) == len(rows) and dict(source.skipped) == skipped  # not counted twice
 
 
@@ -561,7 +572,7 @@ def test_without_a_connection_one_line_says_how_to_fetch(tmp_path):
         "from main_jax.data.reading import read_pairs\n"
         "from main_jax.errors import UserError\n"
         "for source in ('hf:org/name', 'oasst1:org/name?split=train&limit=3'):\n"
-        "    try: read_pairs(source)\n"
+        "    try: list(read_pairs(source))\n"
         "    except UserError as error: print(error)\n"
     )
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}

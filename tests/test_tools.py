@@ -88,8 +88,8 @@ def test_what_is_killed_continues_and_ends_equal(
 
 def test_other_settings_begin_anew(model, pairs_file, tmp_path, monkeypatch):
     whole = scored(model, pairs_file, tmp_path / "whole.parquet", "--max-length", "60")
-    real = tools._write_scored
-    monkeypatch.setattr(tools, "_write_scored", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    real = tools._write
+    monkeypatch.setattr(tools, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     words = [
         "--forward-model",
         model,
@@ -99,7 +99,7 @@ def test_other_settings_begin_anew(model, pairs_file, tmp_path, monkeypatch):
         str(tmp_path / "o.parquet"),
     ]
     assert main(["score", *words, "--template", "none"]) == 130
-    monkeypatch.setattr(tools, "_write_scored", real)
+    monkeypatch.setattr(tools, "_write", real)
     assert scored(model, pairs_file, tmp_path / "o.parquet", "--max-length", "60") == whole
 
 
@@ -116,7 +116,7 @@ def test_a_stop_is_agreed_and_continues(model, pairs_file, tmp_path, monkeypatch
         str(tmp_path / "o.parquet"),
     ]
     assert main(["score", *words, "--template", "none"]) == 75
-    assert len(list((tmp_path / "o.parquet.partial").glob("part-*.parquet"))) == 2
+    assert len(list((tmp_path / "o.parquet.partial" / "scored").glob("part-*.parquet"))) == 2
     assert scored(model, pairs_file, tmp_path / "o.parquet") == scored(
         model, pairs_file, tmp_path / "whole.parquet"
     )

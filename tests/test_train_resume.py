@@ -17,8 +17,9 @@ from tiny_decoder import DECODER, drawn_params, example, fresh, slow_nll
 import main_jax.lm.train as train
 from main_jax.lm.batches import Shape, Unit, UnitStream
 from main_jax.lm.checkpoint import BestParams, Checkpoints, load_params
+from main_jax.lm.metrics import MetricsLog, TrainingDiverged
 from main_jax.lm.step import train_step
-from main_jax.lm.train import MetricsLog, TrainingDiverged, TrainingSettings, fit, mean_nll
+from main_jax.lm.train import TrainingSettings, fit, mean_nll
 from main_jax.weighting import Weighting
 
 STEPS, SAVE = 7, 3

@@ -67,6 +67,13 @@ FAMILIES: dict[str, dict] = {
 }
 
 
+ANY_INSTRUCTION = {
+    "keep_cut": True, "min_characters": 1, "max_characters": 10**6, "max_loop_share": 1.0,
+    "max_repeats": None,
+}  # fmt: skip
+"""`augment.hygiene` for a model that writes at random."""
+
+
 def tiny_config(vocab_size: int = 307, **overrides) -> dict:
     """Give the config.json of a tiny LLaMA, or, with one of `FAMILIES`, of another model."""
     return {

@@ -61,7 +61,11 @@ class Hub:
                 except StopIteration:
                     break
                 except Exception as error:  # of the hub, of a file's format
-                    raise UserError(f"{file}, row {number}: {brief(error, 300)}") from None
+                    # Of many rows that are read at once, and the library does not say which it was.
+                    why = brief(error, 300)
+                    raise UserError(
+                        f"{file}: cannot be read after row {number - 1} ({why})"
+                    ) from None
                 yield Row(file, number, values)
 
     def fingerprint(self) -> str:
@@ -78,6 +82,7 @@ class Hub:
         import datasets
 
         datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our one line says as much
         try:
             if self._local and any((self._folder / f).exists() for f in SAVED):
                 found = datasets.load_from_disk(self._name)
@@ -92,7 +97,8 @@ class Hub:
         except Exception as error:  # of the hub, of its HTTP client, of a file's format
             fetch = ("" if self._local else f"; with internet access, `hf download {self._name} --repo-type "
                      "dataset --local-dir DIR` fetches it: then say hf:DIR")  # fmt: skip
-            why = brief(error, 300)
+            empty = isinstance(error, StopIteration)  # no row to see the columns of
+            why = "no rows in it" if empty else brief(error, 300)
             raise UserError(f"hf:{self._name}: cannot be opened ({why}){fetch}") from None
 
     def _slices(self, splits: dict[str, Any]) -> list[tuple[str, int, int | None]]:

@@ -29,8 +29,8 @@ def words(text: str) -> list[str]:
     return WORD.findall(text.casefold()) or list(text.split())
 
 
-def duplicates(texts: Iterable[str], near: float | None = None) -> dict[int, str]:
-    """The texts that say what an earlier one has said: their place, from 0, and the drop reason.
+def duplicates(near: float | None = None) -> Callable[[str], str | None]:
+    """Asked of one text after another: the drop reason of one that says what an earlier one has said.
 
     The first of several stays. Memory: a digest per text, and with `near` (a Jaccard similarity of word
     triples, estimated) 512 bytes more. Empty texts are nobody's duplicates.
@@ -40,30 +40,30 @@ def duplicates(texts: Iterable[str], near: float | None = None) -> dict[int, str
     seen: set[bytes] = set()
     kept: list[Any] = []
     index = RMinHashLSH(threshold=near or 1.0, num_perm=PERMUTATIONS, num_bands=BANDS)
-    found: dict[int, str] = {}
-    for place, text in enumerate(texts):
+
+    def said_before(text: str) -> str | None:
         said = words(text)
         if not said:
-            continue
+            return None
         digest = hashlib.blake2b(" ".join(said).encode("utf-8", "replace"), digest_size=16).digest()
         if digest in seen:
-            found[place] = "duplicate"
-            continue
+            return "duplicate"
         seen.add(digest)
         if near is None:
-            continue
+            return None
         sketch = RMinHash(num_perm=PERMUTATIONS, seed=0)
-        sketch.update(list(_ngrams(said, SHINGLE)))
+        sketch.update(list(ngrams(said, SHINGLE)))
         if any(sketch.jaccard(kept[other]) >= near for other in index.query(sketch)):
-            found[place] = "near_duplicate"
-        else:
-            index.insert(len(kept), sketch)
-            kept.append(sketch)
-    return found
+            return "near_duplicate"
+        index.insert(len(kept), sketch)
+        kept.append(sketch)
+        return None
+
+    return said_before
 
 
-def _ngrams(said: Sequence[str], n: int) -> Iterator[str]:
-    """Of words; the whole, where it has fewer than n."""
+def ngrams(said: Sequence[str], n: int) -> Iterator[str]:
+    """Every n words in a row; the whole, where there are fewer."""
     for start in range(max(1, len(said) - n + 1)):
         yield " ".join(said[start : start + n])
 
@@ -71,14 +71,14 @@ def _ngrams(said: Sequence[str], n: int) -> Iterator[str]:
 def contamination(texts: Iterable[str], n: int) -> Callable[[str], bool]:
     """Whether a text shares n words in a row with one of `texts`; shorter ones among them do not count."""
     known = {
-        _hash(gram) for text in texts if len(said := words(text)) >= n for gram in _ngrams(said, n)
+        _hash(gram) for text in texts if len(said := words(text)) >= n for gram in ngrams(said, n)
     }
 
     def contaminated(text: str) -> bool:
         if not known:
             return False
         said = words(text)
-        return len(said) >= n and any(_hash(gram) in known for gram in _ngrams(said, n))
+        return len(said) >= n and any(_hash(gram) in known for gram in ngrams(said, n))
 
     return contaminated
 

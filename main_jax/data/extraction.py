@@ -137,6 +137,8 @@ def _messages(rows: Iterable[Row]) -> Iterator[Row]:
                     raise UserError(f"{row}, replies: expected messages, found {message!r:.60}")
                 message = _checked(row, message | {"parent_id": parent, "message_tree_id": tree})
                 replies = message.get("replies") or []
+                if not isinstance(replies, list):
+                    raise UserError(f"{row}, replies: expected messages, found {replies!r:.60}")
                 ahead += [(message["message_id"], reply) for reply in reversed(replies)]
                 yield Row(row.file, row.number, message)
         else:
@@ -157,12 +159,13 @@ def _quality(message: dict) -> float:
     """The label `quality`: from lists of names and values (Parquet), or from a mapping (JSONL)."""
     match message.get("labels"):
         case {"name": [*names], "value": [*values]}:
-            found = dict(zip(names, values, strict=False)).get("quality")
+            pairs = zip(names, values, strict=False)
+            found = next((value for name, value in pairs if name == "quality"), None)
         case {"quality": {"value": found}}:
             pass
         case _:
             found = None
-    return float(found) if isinstance(found, (int, float)) else -1.0
+    return float(found) if isinstance(found, (int, float)) and found == found else -1.0
 
 
 # ------------------------------------------------------------------------------------------- RefinedWeb

@@ -24,6 +24,15 @@ from etils import epath
 from main_jax.errors import UserError
 
 CODECS = {".gz": "gzip", ".zst": "zstd"}
+FOREIGN = {
+    b"\x1f\x8b": "gzip; its name must end in .gz",
+    b"\x28\xb5\x2f\xfd": "zstd; its name must end in .zst",
+    b"PAR1": "Parquet; its name must end in .parquet",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"\xff\xfe": "UTF-16; save it as UTF-8",
+    b"\xfe\xff": "UTF-16; save it as UTF-8",
+}
+"""What a file begins with that is read as text and is none."""
 
 
 class Missing(UserError):
@@ -91,10 +100,11 @@ def read_file(file: epath.Path, weight: str = "weight") -> Iterator[tuple[int, d
     JSONL and CSV may be compressed (`.gz`, `.zst`). A field of a CSV file is text, but for the column
     `weight`. Raises UserError, one line.
     """
-    name = file.name.removesuffix(file.suffix) if file.suffix in CODECS else file.name
+    name = file.name.lower()
     if name.endswith(".parquet"):
         return _parquet(file)
-    return _csv(file, weight) if name.endswith(".csv") else _jsonl(file)
+    tabular = name.endswith(tuple(f".csv{codec}" for codec in ("", *CODECS)))
+    return _csv(file, weight) if tabular else _jsonl(file)
 
 
 def brief(error: object, length: int = 120) -> str:
@@ -106,10 +116,12 @@ def _parquet(file: epath.Path) -> Iterator[tuple[int, dict]]:
     number = 0
     try:
         with file.open("rb") as handle:
-            for batch in pq.ParquetFile(handle).iter_batches(1024):
+            table = pq.ParquetFile(handle)
+            _check_names(table.schema_arrow.names, f"{file}")
+            for batch in table.iter_batches(1024):
                 try:
                     rows = batch.to_pylist()
-                except UnicodeDecodeError:  # somewhere in it: row by row, up to where
+                except Exception:  # of a value somewhere in it: row by row, up to where
                     rows = (batch.slice(i, 1).to_pylist()[0] for i in range(len(batch)))
                 for row in rows:
                     number += 1
@@ -117,7 +129,16 @@ def _parquet(file: epath.Path) -> Iterator[tuple[int, dict]]:
     except UnicodeDecodeError:
         raise UserError(f"{file}, row {number + 1}: a text in it is not valid UTF-8") from None
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file}: not a readable Parquet file ({brief(error)})") from None
+        after = f" after row {number}" if number else ""
+        raise UserError(f"{file}: not a readable Parquet file{after} ({brief(error)})") from None
+    except (ArithmeticError, LookupError, ValueError) as error:  # dates beyond Python's, time zones
+        place = f"{file}, row {number + 1}"
+        raise UserError(f"{place}: a value in it cannot be read ({brief(error)})") from None
+
+
+def _check_names(names: Sequence[str], where: str) -> None:
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{where}: two columns are called {twice[0]!r}")
 
 
 def _jsonl(file: epath.Path) -> Iterator[tuple[int, dict]]:
@@ -125,12 +146,26 @@ def _jsonl(file: epath.Path) -> Iterator[tuple[int, dict]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # ValueError: also a number of 5,000 digits
+            row = json.loads(line, object_pairs_hook=_object)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file}, row {number}: not valid JSON ({error.msg}: column {error.pos + 1}); "
+                            "expected one object {...} a line") from None  # fmt: skip
+        except (ValueError, RecursionError) as error:  # also a number of 5,000 digits
             raise UserError(f"{file}, row {number}: not valid JSON ({brief(error)})") from None
         if not isinstance(row, dict):
-            raise UserError(f"{file}, row {number}: expected an object like {{...}}")
+            raise UserError(
+                f"{file}, row {number}: expected an object like {{...}} a line, found {type(row).__name__}"
+            )
         yield number, row
+
+
+def _object(items: list[tuple[str, Any]]) -> dict:
+    """Refuses two equal keys, of which the last would count, without a word."""
+    found = dict(items)
+    if len(found) < len(items):
+        names = [name for name, _ in items]
+        raise ValueError(f"two keys are called {next(n for n in names if names.count(n) > 1)!r}")
+    return found
 
 
 def _csv(file: epath.Path, weight: str) -> Iterator[tuple[int, dict]]:
@@ -144,15 +179,15 @@ def _csv(file: epath.Path, weight: str) -> Iterator[tuple[int, dict]]:
         except StopIteration:
             return
         except csv.Error as error:
-            raise UserError(f"{file}, row {number}: not valid CSV ({brief(error)})") from None
+            reason = brief(error).partition(" - ")[0]  # after it, advice to programmers
+            raise UserError(f"{file}, row {number}: not valid CSV ({reason})") from None
         if any("\0" in field for field in fields):
             raise UserError(f"{file}, row {number}: a NUL character in it; expected UTF-8 text")
         if not fields:
             continue
         if not header:
             header = fields
-            if twice := [name for name in header if header.count(name) > 1]:
-                raise UserError(f"{file}, row {number}: two columns are called {twice[0]!r}")
+            _check_names(header, f"{file}, row {number}")
             continue
         if len(fields) != len(header):
             raise UserError(
@@ -176,9 +211,12 @@ def _lines(file: epath.Path) -> Iterator[tuple[int, str]]:
     try:
         with _open(file) as handle:
             for number, line in enumerate(handle, start=1):
+                if number == 1 and (kind := next(filter(line.startswith, FOREIGN), None)):
+                    raise UserError(f"{file}, row 1: not valid UTF-8 but {FOREIGN[kind]}")
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{file}, row {number}: not valid UTF-8") from None
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{error.object[error.start]:02x} in place {error.start + 1}"
+        raise UserError(f"{file}, row {number}: not valid UTF-8 ({found})") from None
     except OSError as error:  # also what a codec says
         raise UserError(f"{file}: cannot be read after row {number} ({brief(error)})") from None
 
@@ -186,7 +224,7 @@ def _lines(file: epath.Path) -> Iterator[tuple[int, str]]:
 @contextmanager
 def _open(file: epath.Path) -> Generator[IO[bytes]]:
     with file.open("rb") as handle:
-        codec = CODECS.get(file.suffix)
+        codec = CODECS.get(file.suffix.lower())
         if codec is None:
             yield handle
         else:

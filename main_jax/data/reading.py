@@ -6,13 +6,15 @@ Alpaca, ShareGPT, `messages`, `prompt`/`completion` and plain `text` are known; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
+
+from etils import epath
 
 from main_jax.data.files import Row
 from main_jax.data.sources import Source, open_source
 from main_jax.errors import UserError
-from main_jax.pairs import assign_ids
+from main_jax.pairs import Rows, assign_ids, stage_rows, staged_facts
 
 PAIR_COLUMNS = (
     ("instruction", "response"),
@@ -26,23 +28,31 @@ RESPONSE_COLUMNS = (("response",), ("text",), ("content",), ("output",), ("compl
 PROMPT_COLUMNS = (("instruction",), ("prompt",))
 
 
-def read_pairs(source: str | Source) -> list[dict]:
+def read_pairs(source: str | Source) -> Iterator[dict]:
     """Rows with id, instruction, input, response; formats are recognised by their column names."""
     return _read(source, PAIR_COLUMNS, _pair)
 
 
-def read_responses(source: str | Source) -> list[dict]:
+def read_responses(source: str | Source) -> Iterator[dict]:
     """Rows with id and response, from a column named response, text, content, output or completion."""
     return _read(source, RESPONSE_COLUMNS, lambda row, names: {"response": row[names[0]]})
 
 
-def read_instructions(source: str | Source) -> list[dict]:
+def read_instructions(source: str | Source) -> Iterator[dict]:
     """Rows with id, instruction and input."""
     return _read(
         source,
         PROMPT_COLUMNS,
         lambda row, names: {"instruction": row[names[0]], "input": row.get("input")},
     )
+
+
+def staged(
+    source: Source, rows: Iterable[dict], directory: epath.Path, chunk_rows: int
+) -> tuple[Rows, dict[str, int]]:
+    """(the rows of a source, read once and committed in parts; how many its rules left out, by reason)."""
+    found = stage_rows(rows, directory, chunk_rows, facts=source.skipped)
+    return found, dict(sorted(staged_facts(directory).items()))
 
 
 def _pair(row: dict, names: tuple[str, ...]) -> dict:
@@ -70,22 +80,28 @@ def _conversation(turns: Any) -> dict:
 
 def _read(
     source: str | Source, formats: Sequence[tuple[str, ...]], convert: Callable
-) -> list[dict]:
+) -> Iterator[dict]:
+    """The rows as they come. Raises UserError, one line, at the row that is wrong."""
     source = open_source(source) if isinstance(source, str) else source
-    rows: list[dict] = []
-    names: tuple[str, ...] = ()
-    for raw in source:
-        if not rows or raw.file != rows[-1]["source"]:
-            names = _recognised(raw, formats)
-        rows.append(_row(raw, names, convert))
-    if not rows:
+    empty = True
+    for row in assign_ids(_rows(source, formats, convert)):
+        empty = False
+        yield row
+    if empty:
         left_out = ", ".join(f"{reason} {n:,}" for reason, n in sorted(source.skipped.items()))
         raise UserError(
             f"{source}: "
             + (f"no row passes the rules ({left_out})" if left_out else "no rows in it")
         )
-    assign_ids(rows)
-    return rows
+
+
+def _rows(source: Source, formats: Sequence[tuple[str, ...]], convert: Callable) -> Iterator[dict]:
+    names: tuple[str, ...] = ()
+    file = None
+    for raw in source:
+        if raw.file != file:
+            names, file = _recognised(raw, formats), raw.file
+        yield _row(raw, names, convert)
 
 
 def _recognised(raw: Row, formats: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
@@ -115,8 +131,7 @@ def _row(raw: Row, names: tuple[str, ...], convert: Callable) -> dict:
         raise UserError(f"{raw}, id: expected text or a whole number")
     row["id"] = None if given in (None, "") else str(given)
     _check_text(row["id"] or "", raw, "id")
-    where = {"source": raw.file, "row_number": raw.number, "raw": raw.values}
-    return row | {"weight": _weight(raw)} | where
+    return row | {"weight": _weight(raw), "source": raw.file, "row_number": raw.number}
 
 
 def _check_text(text: str, raw: Row, name: str) -> None:

@@ -25,33 +25,61 @@ def token_nll(hidden, unembed, targets, chunk_logits: int = CHUNK_LOGITS):
     Args:
         hidden: [B, T, D] final hidden states, in the compute dtype.
         unembed: [D, V].
-        targets: [B, T] int32.
+        targets: [B, T] int32, or [B, T, A] for A alternatives in each place.
         chunk_logits: how many logits may be alive at once.
 
     Returns:
-        [B, T] float32. The chunks are rematerialised in the backward pass, so neither direction keeps
-        more than one chunk of logits. A chunk is some tokens of every row, so that every device that has
-        rows works on each.
+        float32, of the targets' shape. The chunks are rematerialised in the backward pass, so neither
+        direction keeps more than one chunk of logits. A chunk is some tokens of every row, so that every
+        device that has rows works on each.
     """
+    return _over_chunks(_nll, hidden, unembed, targets, chunk_logits)
 
-    def chunk_nll(h, t):
+
+def _nll(logits, targets):
+    picked = jnp.take_along_axis(logits, targets, axis=-1)
+    return jax.nn.logsumexp(logits, axis=-1, keepdims=True) - picked
+
+
+def _nll_and_miss(logits, targets):
+    miss = jnp.argmax(logits, axis=-1, keepdims=True) != targets
+    return _nll(logits, targets), miss.astype(jnp.float32)
+
+
+def _over_chunks(measure, hidden, unembed, targets, chunk_logits: int):
+    """What `measure` makes of ([n, V] float32 logits, [n, A] targets), for all tokens, chunk by chunk."""
+
+    def of_chunk(h, t):
         flat = h.reshape(-1, h.shape[-1])
         logits = jnp.dot(flat, unembed.astype(h.dtype), preferred_element_type=jnp.float32)
-        picked = jnp.take_along_axis(logits, t.reshape(-1, 1), axis=-1)[:, 0]
-        return (jax.nn.logsumexp(logits, axis=-1) - picked).reshape(t.shape)
+        found = measure(logits, t.reshape(flat.shape[0], -1))
+        return jax.tree.map(lambda x: x.reshape(t.shape), found)
 
-    rows, length, features = hidden.shape
+    rows, length, _ = hidden.shape
     size = max(1, chunk_logits // (unembed.shape[1] * rows))
     if length <= size:
-        return chunk_nll(hidden, targets)
-    pad = -length % size
-    chunks = (
-        jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(rows, -1, size, features),
-        jnp.pad(targets, ((0, 0), (0, pad))).reshape(rows, -1, size),
-    )
-    chunks = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), chunks)
-    _, nll = jax.lax.scan(lambda _, c: (None, jax.checkpoint(chunk_nll)(*c)), None, chunks)
-    return jnp.swapaxes(nll, 0, 1).reshape(rows, -1)[:, :length]
+        return of_chunk(hidden, targets)
+
+    def cut(x):  # [B, T, ...] -> [chunks, B, size, ...]
+        x = jnp.pad(x, ((0, 0), (0, -length % size)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.swapaxes(x.reshape(rows, -1, size, *x.shape[2:]), 0, 1)
+
+    def join(x):
+        x = jnp.swapaxes(x, 0, 1)
+        return x.reshape(rows, -1, *x.shape[3:])[:, :length]
+
+    chunks = cut(hidden), cut(targets)
+    _, found = jax.lax.scan(lambda _, c: (None, jax.checkpoint(of_chunk)(*c)), None, chunks)
+    return jax.tree.map(join, found)
+
+
+def _sum_by_example(values, batch: Batch):
+    """[E] sums of what each token has, over the targets of each example."""
+    num_examples = batch.fields["valid"].shape[0]
+    owner = batch.example.reshape(-1)
+    counted = (owner < num_examples).astype(jnp.float32)
+    sums = jax.ops.segment_sum(values.reshape(-1) * counted, owner, num_examples + 1)[:-1]
+    return constrain(sums, "E")
 
 
 def per_example_nll(decoder: Decoder, params, batch: Batch):
@@ -63,16 +91,26 @@ def per_example_nll(decoder: Decoder, params, batch: Batch):
     """
     hidden, _ = decoder.apply(params, batch.tokens, batch.positions, batch.segment_ids)
     with jax.named_scope("loss"):
-        num_examples = batch.fields["valid"].shape[0]
-        nll = token_nll(hidden, decoder.unembed(params), batch.targets).reshape(-1)
-        owner = batch.example.reshape(-1)
-        counted = (owner < num_examples).astype(jnp.float32)
-        sums = jax.ops.segment_sum(nll * counted, owner, num_examples + 1)[:-1]
-        counts = jax.ops.segment_sum(counted, owner, num_examples + 1)[:-1]
-    return constrain(sums, "E"), constrain(counts, "E")
+        nll = token_nll(hidden, decoder.unembed(params), batch.targets)
+        return _sum_by_example(nll, batch), _sum_by_example(jnp.ones_like(nll), batch)
 
 
 @partial(jax.jit, static_argnames=("decoder",))
 def example_nll(decoder: Decoder, params, batch: Batch):
     """`per_example_nll`, compiled once per batch shape."""
     return per_example_nll(decoder, params, batch)
+
+
+@partial(jax.jit, static_argnames=("decoder",))
+def example_nll_and_misses(decoder: Decoder, params, batch: Batch):
+    """(NLL [E] float32 in nats, [E] float32 how many targets are not the most likely token).
+
+    `batch.targets` and `batch.example` may have a last axis of A alternatives: examples that differ in
+    single tokens of one segment share its computation, each place's target counting for its own example.
+    """
+    hidden, _ = decoder.apply(params, batch.tokens, batch.positions, batch.segment_ids)
+    with jax.named_scope("loss"):
+        found = _over_chunks(
+            _nll_and_miss, hidden, decoder.unembed(params), batch.targets, CHUNK_LOGITS
+        )
+        return tuple(_sum_by_example(values, batch) for values in found)

@@ -45,7 +45,7 @@ def _clock(seconds: float) -> str:
 class _Lines:
     """A line at most every ten seconds, and one at the end."""
 
-    def __init__(self, label: str, total: int, unit: str, done: int):
+    def __init__(self, label: str, total: int | None, unit: str, done: int):
         self.label, self.total, self.unit = label, total, unit
         self.start = self.last = time.monotonic()
         self.first = self.done = done
@@ -53,21 +53,26 @@ class _Lines:
     def advance(self, n: int = 1, note: str = "") -> None:
         self.done += n
         now = time.monotonic()
-        if now - self.last >= PLAIN_INTERVAL_S and self.done < self.total:
+        if now - self.last >= PLAIN_INTERVAL_S and self.done != self.total:
             self.last = now
             self._print(now, note)
 
     def close(self) -> None:
-        if self.done > self.first:
-            self._print(time.monotonic(), "")
+        now = time.monotonic()
+        short = self.total is None and now - self.start < PLAIN_INTERVAL_S
+        if self.done > self.first and not short:
+            self._print(now, "")
 
     def _print(self, now: float, note: str) -> None:
         elapsed = max(now - self.start, 1e-9)
         rate = (self.done - self.first) / elapsed
-        left = _clock((self.total - self.done) / rate) if rate else "?"
-        tail = f"{left} left" if self.done < self.total else f"took {_clock(elapsed)}"
+        of, tail = "", f"took {_clock(elapsed)}"
+        if self.total is not None:
+            of = f"/{self.total:,}"
+            if self.done < self.total:
+                tail = f"{_clock((self.total - self.done) / rate) if rate else '?'} left"
         note = f", {note}" if note else ""
-        say(f"{self.label}: {self.done:,}/{self.total:,} {self.unit}, {rate:,.1f}/s, {tail}{note}")
+        say(f"{self.label}: {self.done:,}{of} {self.unit}, {rate:,.1f}/s, {tail}{note}")
 
 
 class _Silent:
@@ -83,14 +88,16 @@ class _Silent:
 class _Bar:
     """A rich progress bar."""
 
-    def __init__(self, label: str, total: int, unit: str, done: int):
+    def __init__(self, label: str, total: int | None, unit: str, done: int):
         from rich import progress
         from rich.console import Console
 
         self.bar = progress.Progress(
             progress.TextColumn("{task.description}"),
             progress.BarColumn(),
-            progress.TextColumn(f"{{task.completed:,.0f}}/{{task.total:,.0f}} {unit}"),
+            progress.TextColumn(
+                f"{{task.completed:,.0f}}{'' if total is None else f'/{total:,}'} {unit}"
+            ),
             progress.TextColumn("{task.fields[rate]}"),
             progress.TimeRemainingColumn(),
             progress.TextColumn("{task.fields[note]}"),
@@ -113,10 +120,11 @@ class _Bar:
 
 @contextmanager
 def track(
-    label: str, total: int, unit: str, done: int = 0, *, shown: bool = True
+    label: str, total: int | None, unit: str, done: int = 0, *, shown: bool = True
 ) -> Generator[_Lines | _Bar | _Silent]:
     """Yields something with `advance(n=1, note="")`; `done` is what an earlier run had finished.
 
+    `total` None: it is not known how much there is; nothing is said where it was soon over.
     With `shown` false nothing is printed: for work that is at times too short to speak of. Nor is it by
     any process but the first of several.
     """

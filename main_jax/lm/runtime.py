@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import sys
 import threading
 from collections.abc import Mapping
@@ -179,3 +180,19 @@ def compute_dtype(setting: str = "auto") -> str:
     if setting != "auto":
         return setting
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def forget_peak_memory() -> None:
+    """From here on `peak_memory_bytes` counts anew, where the system can (Linux)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_bytes() -> int:
+    """The most host memory that this process has held (resident set, with shared libraries)."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

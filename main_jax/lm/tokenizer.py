@@ -48,7 +48,10 @@ def _refusing(folder: str, hint: str = "") -> Generator[None]:
     try:
         yield
     except Exception as error:  # Transformers and tokenizers raise whatever came up
-        reason = one_line(error)[:300]
+        for name in FILES:
+            if name.endswith(".json") and (file := epath.Path(folder) / name).exists():
+                read_json(file)  # else it is not said which of the files it was
+        reason = f"{type(error).__name__}: {one_line(error)}"[:300]
         raise CheckpointError(f"{folder}: the tokenizer does not load ({reason}){hint}") from None
 
 
@@ -69,6 +72,11 @@ def _load_fast(folder: str) -> Any:
             folder, local_files_only=True, trust_remote_code=False
         )
         reference = Tokenizer.from_file(os.path.join(folder, FAST))
+    eos, settings = tokenizer.eos_token, tokenizer.init_kwargs
+    added = map(str, settings.get("added_tokens_decoder", {}).values())
+    if eos is not None and reference.token_to_id(eos) is None and eos not in added:
+        # Transformers would add it, as a token that the model has never seen.
+        raise CheckpointError(f"{folder}/{SETTINGS}: eos_token {eos!r} is no token of {FAST}")
     reference.no_truncation()
     reference.no_padding()
     size = reference.get_vocab_size()

@@ -8,14 +8,12 @@ checkpoint says of the position in the data.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -24,15 +22,12 @@ from etils import epath
 from main_jax.lm.batches import Example, Shape, Unit, UnitStream, pack_table
 from main_jax.lm.checkpoint import BestParams, Checkpoints
 from main_jax.lm.loss import example_nll
+from main_jax.lm.metrics import MetricsLog, Reporting, Sinks
 from main_jax.lm.model import Decoder
 from main_jax.lm.multihost import Preempted, first, stop_asked
 from main_jax.lm.progress import track
 from main_jax.lm.sharding import place_rows, row_shards
 from main_jax.lm.step import ExampleWeights, Optimizer, abstract_state, init_state, train_step
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss is no longer finite."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +127,7 @@ def fit(
     validation: Sequence[Example] = (),
     shape: Shape | None = None,
     progress: Callable[[int], float] | None = None,
+    reporting: Reporting | None = None,
 ) -> None:
     """Trains and leaves the final parameters under `directory/checkpoints`.
 
@@ -148,6 +144,7 @@ def fit(
         validation: held-out examples; their mean NLL per token is logged.
         shape: of a microbatch, where several trainings are to share one compiled step.
         progress: step -> share of the schedule done, for the weighting; default: of this training.
+        reporting: where metrics go besides `metrics.jsonl`.
 
     Raises:
         TrainingDiverged: a loss or gradient was not finite; the last good checkpoint stays.
@@ -161,7 +158,8 @@ def fit(
         )
     directory = epath.Path(directory)
     steps = settings.steps(len(units))
-    with ExitStack() as stack:
+    # The sinks end last: what is being saved is on disk before anybody waits for a network.
+    with ExitStack() as last, ExitStack() as stack:
         checkpoints = stack.enter_context(
             Checkpoints(directory / "checkpoints", keep=settings.save_total_limit)
         )
@@ -197,7 +195,8 @@ def fit(
         if settings.load_best_model_at_end:
             kept = BestParams(directory / "best", checkpoints, position["best"])
             best = stack.enter_context(kept)
-        log = MetricsLog(directory / "metrics.jsonl", keep_steps=start)
+        sinks = last.enter_context(Sinks(reporting or Reporting(), directory, label, start))
+        log = MetricsLog(directory / "metrics.jsonl", keep_steps=start, sinks=sinks)
         with track(label, steps, "steps", start) as bar:
             for step in range(start, steps):
                 batch = place_rows(stream.batch(step), rows_axis=1)
@@ -254,49 +253,3 @@ def mean_nll(
         total += float(np.sum(np.asarray(sums), dtype=np.float64))
         count += float(np.sum(np.asarray(counts), dtype=np.float64))
     return total / count if count else float("nan")
-
-
-class MetricsLog:
-    """`metrics.jsonl`: one line per step, read from the device only when flushed.
-
-    The file is written whole each time: object stores do not append. `keep_steps` drops what an interrupted
-    run had logged past its last checkpoint.
-    """
-
-    def __init__(self, path: epath.Path, keep_steps: int):
-        self._path, self._pending = path, []
-        self._lines: list[str] = []
-        if first():
-            lines = path.read_text().splitlines() if path.exists() else []
-            complete = [line for line in lines if line.endswith("}")]
-            self._lines = [line for line in complete if json.loads(line)["step"] <= keep_steps]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._write()
-
-    def _write(self) -> None:
-        temporary = self._path.parent / f".{self._path.name}.tmp"
-        temporary.write_text("".join(line + "\n" for line in self._lines))
-        temporary.replace(self._path)
-
-    def add(self, step: int, metrics: dict) -> None:
-        """Remembers a step's metrics, still on the device."""
-        self._pending.append((step, metrics))
-
-    def flush(self, label: str) -> float:
-        """Writes what is pending; returns the last loss. Raises TrainingDiverged."""
-        loss = math.nan
-        for step, metrics in jax.device_get(self._pending):
-            values = {name: np.asarray(value).item() for name, value in metrics.items()}
-            loss = values.get("loss_nats", loss)
-            for name in ("loss_nats", "grad_norm"):
-                if name in values and not math.isfinite(values[name]):
-                    raise TrainingDiverged(
-                        f"{label}: {name} is {values[name]} at step {step}; lower learning_rate or"
-                        " look at the data of that step; the last good checkpoint is kept"
-                    )
-            shown = {k: v if math.isfinite(v) else None for k, v in values.items()}
-            self._lines.append(json.dumps({"step": step} | shown))
-        if first():
-            self._write()
-        self._pending = []
-        return loss

@@ -65,14 +65,15 @@ def work_of(config: Config, given: dict[str, int | None]) -> Work:
                 continue  # on the hub
         except Missing:
             continue
-        rows = read(source)
-        tokens = np.mean([len(row["response"] or "") for row in rows]) / CHARACTERS
-        work = work._replace(response_tokens=float(tokens))
+        lengths = [
+            (len(pairs.joined_instruction(r)), len(r["response"] or "")) for r in read(source)
+        ]
+        asked, answered = np.mean(lengths, axis=0) / CHARACTERS
+        work = work._replace(response_tokens=float(answered))
         if path == data.seed_path:
-            asked = np.mean([len(pairs.joined_instruction(row)) for row in rows]) / CHARACTERS
-            work = work._replace(seed_pairs=len(rows), instruction_tokens=float(asked))
+            work = work._replace(seed_pairs=len(lengths), instruction_tokens=float(asked))
         else:
-            work = work._replace(responses=len(rows))
+            work = work._replace(responses=len(lengths))
     return work._replace(**{k: v for k, v in given.items() if v is not None})
 
 

@@ -19,6 +19,7 @@ import yaml
 from etils import epath
 
 from main_jax.errors import UserError
+from main_jax.pairs import parts_of, read_parts
 
 LINE_POINTS = 100
 """Points of a line at most; means of neighbouring steps where there are more."""
@@ -78,18 +79,13 @@ class RunFiles:
 
 def columns(directory: epath.Path, names: Sequence[str]) -> pa.Table | None:
     """These columns, where they are there, of all parts of a table; None where there is no part."""
-    tables = []
-    for part in sorted(directory.glob("part-*.parquet")):
-        with part.open("rb") as handle:
-            file = pq.ParquetFile(handle)
-            tables.append(file.read([name for name in names if name in file.schema_arrow.names]))
-    return pa.concat_tables(tables, promote_options="default") if tables else None
+    return read_parts(directory, names) if parts_of(directory) else None
 
 
 def rows_at(directory: epath.Path, wanted: Sequence[int], names: Sequence[str]) -> dict[int, dict]:
     """The rows of these numbers; a part is read a few thousand rows at a time, and only if it has one."""
     found, begin = {}, 0
-    for part in sorted(directory.glob("part-*.parquet")):
+    for part in parts_of(directory):
         with part.open("rb") as handle:
             file = pq.ParquetFile(handle, buffer_size=1 << 20, pre_buffer=False)
             end = begin + file.metadata.num_rows

@@ -72,6 +72,7 @@ def _pretrain(run: Run, out: epath.Path) -> None:
         seed=derive_seed(run.config.seed, "world/pretraining"),
         label="world pretraining",
         limit=WORLD_POSITIONS,
+        reporting=run.reporting,
     )
     params = stored_params(out / "pretraining" / "checkpoints")
     special = {"bos_token_id": bos, "eos_token_id": eos}

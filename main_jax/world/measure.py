@@ -144,6 +144,7 @@ def _generate(
     return list(write_chunks(
         run, out, rows, direction, load, run.config.evaluate.sampling,
         purpose="evaluate", label=f"evaluate {label}",
+        prompt=run.inference_prompt if direction is Direction.FORWARD else None,
     ))  # fmt: skip
 
 

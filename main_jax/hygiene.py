@@ -1,0 +1,84 @@
+"""What a generated instruction is checked for before it is scored; each fault has a `drop_reason`.
+
+    cut_instruction        it reached `max_new_tokens` without an end
+    short_instruction      fewer characters than `min_characters`
+    long_instruction       more than `max_characters`
+    looping_instruction    it repeats itself: see `loop_share`
+    repeated_instruction   more than `max_repeats` responses got the same: it says nothing of any of them
+
+The limits in characters are those of Humpback's public re-creation; the other two rules are ours.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import pyarrow as pa
+from etils import epath
+
+from main_jax.data.clean import ngrams, words
+from main_jax.lm.multihost import barrier
+from main_jax.pairs import Rows, set_columns
+
+LOOP_WORDS = 12
+"""A shorter text is not looked at for loops."""
+
+
+@dataclass(frozen=True)
+class Hygiene:
+    """Which generated instructions are dropped before they are scored.
+
+    keep_cut: also keep those that `max_new_tokens` has cut. min_characters, max_characters: of the text.
+    max_loop_share: of its word triples that were there before. max_repeats: responses that may get the same
+    instruction, in words; the first ones stay; null: any number.
+    """
+
+    keep_cut: bool = False
+    min_characters: int = 10
+    max_characters: int = 800
+    max_loop_share: float = 0.5
+    max_repeats: int | None = 10
+
+    def fault(self, row: dict) -> str | None:
+        """The drop reason of a row by its own text, or None."""
+        text = row["instruction"] or ""
+        faults = {
+            "cut_instruction": row["finish_reason"] == "length" and not self.keep_cut,
+            "short_instruction": len(text) < self.min_characters,
+            "long_instruction": len(text) > self.max_characters,
+            "looping_instruction": loop_share(text) > self.max_loop_share,
+        }
+        return next((reason for reason, holds in faults.items() if holds), None)
+
+
+def loop_share(text: str) -> float:
+    """The share of a text's word triples that were in it before; 0 for one of fewer than 12 words."""
+    said = words(text)
+    if len(said) < LOOP_WORDS:
+        return 0.0
+    triples = list(ngrams(said, 3))
+    return 1 - len(set(triples)) / len(triples)
+
+
+REPEATED = "repeated_instruction"
+
+
+def mark_repeats(directory: epath.Path, max_repeats: int) -> None:
+    """Marks rows of a finished table whose instruction more than `max_repeats` earlier rows have.
+
+    Memory: the different instructions. Doing it again changes nothing.
+    """
+    seen: Counter[str] = Counter()
+    reasons: list[str | None] = []
+    for table in Rows(directory).tables(["instruction", "drop_reason"]):
+        for row in table.to_pylist():
+            reason = row["drop_reason"]
+            if reason in (None, REPEATED):
+                said = " ".join(words(row["instruction"]))
+                seen[said] += 1
+                reason = REPEATED if seen[said] > max_repeats else None
+            reasons.append(reason)
+    barrier(f"{directory}: read")  # by all, before the first process writes
+    set_columns(directory, pa.table({"drop_reason": pa.array(reasons, pa.string())}), directory)
+    barrier(f"{directory}: marked")

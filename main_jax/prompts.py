@@ -221,8 +221,11 @@ class Prompt:
         """`encode` of many texts at once, which is faster."""
         if not texts:
             return []
-        # verbose=False: how long a text may be is ours to say, in one place.
-        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return self.tokenizer(
+            list(texts), add_special_tokens=False,
+            return_attention_mask=False, return_token_type_ids=False,  # twice as fast without
+            verbose=False,  # how long a text may be is ours to say, in one place
+        )["input_ids"]  # fmt: skip
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids; special tokens and ids that the tokenizer lacks decode to nothing."""

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,7 +24,7 @@ from main_jax import pairs
 from main_jax.augment import complete
 from main_jax.checks import check_output, check_room
 from main_jax.config import Runtime
-from main_jax.data.files import digest
+from main_jax.data.files import Row, digest
 from main_jax.data.reading import read_instructions, read_pairs, read_responses, staged
 from main_jax.data.sources import Source, open_source
 from main_jax.errors import UserError
@@ -164,21 +165,35 @@ def filter_file(
 
 
 def _measured(source: Source) -> pa.Table:
-    """What a filter needs of a scored file. Raises UserError for a value of another type."""
+    """What a filter needs of a scored file. Raises UserError for a value that no scorer writes."""
     columns: dict[str, list] = {name: [] for name in MEASURED}
     for row in source:
+        scored = _number(row, "forward_nll_sum", float) is not None
         for name, column in columns.items():
-            value, kind = row.values.get(name), pairs.COLUMNS[name]
-            if isinstance(value, float) and math.isnan(value):
-                value = None  # as pandas writes it
-            try:
-                column.append(pa.scalar(value, kind).as_py())
-                if column[-1] != value:  # 1.5 tokens
-                    raise ValueError
-            except (ValueError, TypeError, OverflowError):  # Arrow's are both
-                shown = f"{type(value).__name__} {str(value)[:40]!r}"
-                raise UserError(f"{row}, {name}: expected {kind}, found {shown}") from None
+            if pairs.COLUMNS[name] != pa.string():
+                kind = int if name.endswith("_tokens") else float
+                value = _number(row, name, kind)
+                if scored and value is None:
+                    raise UserError(f"{row}, {name}: expected a number, as forward_nll_sum is one")
+            else:
+                value = row.values.get(name)
+                if name == "id" and type(value) is int:
+                    value = str(value)
+                if not isinstance(value, str) and (value is not None or name == "id"):
+                    raise UserError(f"{row}, {name}: expected text, found {type(value).__name__}")
+            column.append(value)
     return pa.table({n: pa.array(c, pairs.COLUMNS[n]) for n, c in columns.items()})
+
+
+def _number(row: Row, name: str, kind: type[int] | type[float]) -> float | None:
+    value = row.values.get(name)
+    if value is None or value != value:  # NaN, as pandas writes it
+        return None
+    wanted, least = ("a whole number >= 1", 1) if kind is int else ("a number >= 0", 0)
+    right = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not right or not least <= value < math.inf or kind(value) != value:
+        raise UserError(f"{row}, {name}: expected {wanted}, found {str(value)[:40]!r}")
+    return kind(value)
 
 
 def generate_file(
@@ -260,7 +275,12 @@ def _partial(output: str, settings: dict) -> Generator[epath.Path]:
 
 
 def _staged(source: Source, rows: Iterator[dict], folder: epath.Path) -> pairs.Rows:
-    found, skipped = staged(source, rows, folder / "rows", CHUNK_ROWS)
+    try:
+        found, skipped = staged(source, rows, folder / "rows", CHUNK_ROWS)
+    except UserError:  # what nobody can use; other processes may be there
+        if jax.process_count() == 1:
+            folder.rmtree()
+        raise
     for reason, n in skipped.items():
         say(f"{source}: {n:,} rows left out by its rules: {reason}")
     return found

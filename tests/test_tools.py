@@ -122,6 +122,17 @@ def test_a_stop_is_agreed_and_continues(model, pairs_file, tmp_path, monkeypatch
     )
 
 
+def test_a_mistake_in_the_data_leaves_nothing_behind(model, tmp_path, capfd):
+    data, output = tmp_path / "d.jsonl", tmp_path / "o.jsonl"
+    data.write_text('{"prompt": "q", "response": "a"}\n{"prompt": "q", "response": 7}\n')
+    words = ["--forward-model", model, "--data", str(data), "--output", str(output)]
+    assert main(["score", *words, "--template", "none"]) == 2
+    assert capfd.readouterr().err == (
+        f"main-jax: {data}, row 2, response: expected text, found int\n"
+    )
+    assert list(tmp_path.iterdir()) == [data]
+
+
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
 def test_filter_keeps_what_the_stage_would(suffix, model, pairs_file, tmp_path, capfd):
     rows = scored(model, pairs_file, tmp_path / "scored.parquet")

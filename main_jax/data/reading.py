@@ -146,5 +146,5 @@ def _weight(raw: Row) -> float:
     if value is None:
         return 1.0
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e9:
-        raise UserError(f"{raw}, weight: expected a number >= 0, found {value!r}")
+        raise UserError(f"{raw}, weight: expected a number >= 0, found {value!r:.60}")
     return float(value)

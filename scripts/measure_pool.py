@@ -1,13 +1,18 @@
 """A pool of many texts through the stages of a run, with the peak memory and the time of each.
 
-    python scripts/measure_pool.py [--responses 200000] [--folder DIR]
+    python scripts/measure_pool.py [--responses 200000] [--folder DIR] [--kill]
+
+With `--kill` every stage is then run once more, killed (SIGKILL) at a random time and continued: its data
+files must end equal.
 
 The model is the embedded world's, small and hardly trained, the texts are its words at random, since what is
 measured is the data's way: prepare (with near-duplicate removal), augment, score, filter, export-data. Every
-stage is a process of its own; its peak is what the system says of it (ru_maxrss). Exit code 1 above 2 GB.
+stage is a process of its own; its peak is what the system says of it (ru_maxrss). Exit code 1 above 2 GB, or
+when files differ.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -38,6 +43,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--responses", type=int, default=200_000)
     parser.add_argument("--folder", help="of the run; default: a temporary one")
+    parser.add_argument("--kill", action="store_true", help="also kill every stage once")
+    parser.add_argument("--seed", type=int, default=0, help="of the times of the kills")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(arguments.folder or temporary)
@@ -48,25 +55,60 @@ def main() -> int:
         write_texts(texts, model / "responses.jsonl", arguments.responses)
         (folder / "own.yaml").write_text("")
         settings = OWN | {
-            "output_dir": folder / "run", "model_name_or_path": model / "base",
+            "model_name_or_path": model / "base",
             "data.seed_path": model / "seed.jsonl", "data.responses_path": texts,
         }  # fmt: skip
-        stages = [
-            [stage, folder / "own.yaml", *options(settings)]
-            for stage in ("prepare", "align", "augment", "score", "filter")
-        ]
-        stages.append(["export-data", folder / "run", folder / "product"])
-        worst = 0.0
+        took, worst = {}, 0.0
         print(f"{'stage':<12} {'seconds':>8} {'peak MB':>8}", flush=True)
-        for command in stages:
-            seconds, peak = measured(command)
-            print(f"{command[0]:<12} {seconds:>8.1f} {peak:>8.0f}", flush=True)
+        for stage, command in commands(folder / "run", folder / "own.yaml", settings):
+            took[stage], peak = measured(command)
+            print(f"{stage:<12} {took[stage]:>8.1f} {peak:>8.0f}", flush=True)
             worst = max(worst, peak)
         print(
             f"{arguments.responses:,} texts of {texts.stat().st_size / 1e6:.0f} MB; "
             f"peak {worst:.0f} MB of {LIMIT_MB}"
         )
-    return int(worst > LIMIT_MB)
+        differ = 0
+        draw = random.Random(arguments.seed)
+        killed = commands(folder / "killed", folder / "own.yaml", settings)
+        for stage, command in killed if arguments.kill else ():
+            after = draw.uniform(0.1, took[stage])
+            kill(command, after)
+            measured(command)
+            old, new = (files(f, stage) for f in (folder / "run", folder / "killed"))
+            differ += old != new
+            verdict = "equal" if old == new else "DIFFER"
+            print(f"{stage:<12} killed after {after:.1f} s: {len(old)} files {verdict}", flush=True)
+    return int(worst > LIMIT_MB or differ > 0)
+
+
+def commands(run: Path, config: Path, settings: dict) -> list[tuple[str, list]]:
+    """The stages of a run and the words of their verbs."""
+    words = [config, *options(settings | {"output_dir": run})]
+    stages: list[tuple[str, list]] = [
+        (stage, [stage, *words]) for stage in ("prepare", "align", "augment", "score", "filter")
+    ]
+    return [*stages, ("export-data", ["export-data", run, run.with_suffix(".product")])]
+
+
+def kill(words: list, after: float) -> None:
+    """Start a verb and send SIGKILL after so many seconds."""
+    process = start(words)
+    time.sleep(after)
+    process.kill()
+    process.wait()
+
+
+def files(run: Path, stage: str) -> dict[str, str]:
+    """Digests of the data files of a stage, by their names."""
+    folders = [run.with_suffix(".product")] if stage == "export-data" else []
+    folders += (run / "stages").glob(f"??-{stage}")
+    found = [p for f in folders for p in sorted(f.rglob("*")) if p.suffix in (".parquet", ".jsonl")]
+    return {
+        str(p.relative_to(run.parent)).partition("/")[2]: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in found
+        if p.name != "metrics.jsonl"
+    }
 
 
 def options(settings: dict) -> list[str]:
@@ -92,13 +134,18 @@ def write_texts(path: Path, like: Path, count: int) -> None:
 
 def measured(words: list) -> tuple[float, float]:
     """(seconds, peak resident memory in MB) of a verb, which must succeed."""
-    start = time.monotonic()
-    command = [sys.executable, "-m", "main_jax.cli", *map(str, words)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    begin = time.monotonic()
+    process = start(words)
     _, status, usage = os.wait4(process.pid, 0)
     if code := os.waitstatus_to_exitcode(status):
-        raise SystemExit(f"{' '.join(command)}: exit code {code}")
-    return time.monotonic() - start, usage.ru_maxrss / 1000
+        raise SystemExit(f"{' '.join(map(str, words))}: exit code {code}")
+    return time.monotonic() - begin, usage.ru_maxrss / 1000
+
+
+def start(words: list) -> subprocess.Popen:
+    """A verb in a process of its own."""
+    command = [sys.executable, "-m", "main_jax.cli", *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":

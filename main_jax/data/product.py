@@ -68,7 +68,9 @@ def export_data(
 def _facts(run: Run) -> dict[str, Any]:
     """What is the same for all rows."""
     config = run.config
-    text = json.dumps(config.as_dict(), sort_keys=True)
+    # Not where it lies: the same configuration in another folder gives the same data.
+    named = {k: v for k, v in config.as_dict().items() if k != "output_dir"}
+    text = json.dumps(named, sort_keys=True)
     counts = {name: run.manifest(name).get("counts", {}) for name in run.stages}
     return {
         "base_model": "the embedded world" if run.world else config.model_name_or_path,

@@ -47,6 +47,29 @@ def run_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 0
 
 
+def ablate_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """`ablate`."""
+    from main_jax.config import Config
+    from main_jax.strict_yaml import load_config
+
+    config = load_config(Config, arguments.config, overrides)
+    from main_jax import ablate
+
+    initialize(config.runtime.compile_cache, **arguments.start)
+    from main_jax.lm.multihost import first
+
+    def work() -> None:
+        results = ablate.ablate(
+            config, filters=arguments.filters, rounds=arguments.rounds,
+            weightings=arguments.weighting, seeds=arguments.seeds, equal_epochs=arguments.equal_epochs,
+        )  # fmt: skip
+        if first():
+            print(ablate.show(results))
+            print(f"\nresults: {config.output_dir}/ablation.json")
+
+    return _unless_stopped(work, config.runtime.preemption_exit_code)
+
+
 def _unless_stopped(work: Callable[[], None], exit_code: int = 75) -> int:
     """0; or `exit_code` where the program was asked to stop, and what was done is on disk."""
     from main_jax.lm.multihost import Preempted, barrier, watch_sigterm
@@ -297,6 +320,8 @@ def _main(argv: list[str]) -> int:
             progress.set_process(how.process_id, how.num_processes)
     if arguments.verb == "plan":
         return plan_run(arguments, rest)
+    if arguments.verb == "ablate":
+        return ablate_config(arguments, rest)
     if arguments.verb == "filter" and (arguments.by or arguments.output):
         if rest:
             raise UserError(f"unknown argument {rest[0]} (see main-jax filter --help)")

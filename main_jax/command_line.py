@@ -13,6 +13,7 @@ examples:
   main-jax run configs/demo.yaml                        the embedded world, a few minutes on a CPU
   main-jax run configs/own_data.yaml --align.rounds 2   your own checkpoint and files
   main-jax filter runs/own/config.yaml --filter.keep 0.2
+  main-jax ablate configs/demo.yaml --seeds 3           what each part of the method brings
   main-jax score --forward-model DIR --data pairs.jsonl --output scored.parquet
   main-jax generate --model DIR --prompts prompts.jsonl --output answers.jsonl
   main-jax evaluate --model DIR --tasks ifeval,openllm --output results.json
@@ -91,6 +92,19 @@ def build_parser() -> argparse.ArgumentParser:
             if name == "evaluate":
                 evaluation.add_options(stage)
             processes.add_options(stage)
+
+    ablation = verb(
+        "ablate",
+        "filters, weightings and rounds against each other, over seeds",
+        "examples:\n  main-jax ablate configs/demo.yaml --output_dir runs/ablation\n"
+        "  main-jax ablate configs/own_data.yaml --filters none,random,forward_ce,ifd,mutual"
+        " --rounds 0,1 --seeds 3\n\n"
+        "Writes ablation.json, ablation.md and ablation.html; docs/results.md shows one. What is stopped\n"
+        "or killed continues with the same command.",
+    )
+    _add_config(ablation)
+    _add_ablation(ablation)
+    processes.add_options(ablation)
 
     score = verb(
         "score",
@@ -310,6 +324,33 @@ def _add_filter(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--random-seed", type=processes.natural, default=0, metavar="S", help="of `random`"
+    )
+
+
+def _add_ablation(parser: argparse.ArgumentParser) -> None:
+    def words(text: str) -> list[str]:
+        return [word for word in text.split(",") if word]
+
+    def numbers(text: str) -> list[int]:
+        return [processes.natural(word) for word in words(text)]
+
+    def add(name: str, default: str, text: str, kind=words) -> None:
+        parser.add_argument(
+            name, metavar="A,B,...", type=kind, default=kind(default), help=f"{text} ({default})"
+        )
+
+    add("--filters", "none,random,length,forward_ce,ifd,mutual", "final sets to train on")
+    add("--weighting", "constant,pair_ratio", "strategies; they differ from the first round on")
+    add("--rounds", "0,1", "values of K", numbers)
+    add(
+        "--equal-epochs", "none", "filters that are also trained for as many epochs as the main one"
+    )
+    parser.add_argument(
+        "--seeds",
+        type=processes.positive,
+        default=3,
+        metavar="N",
+        help="from the configured one on (3)",
     )
 
 

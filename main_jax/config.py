@@ -161,7 +161,11 @@ class SystemPrompts:
 
 @dataclass(frozen=True)
 class Finetune(TrainingSettings):
-    """Step 4. arms: further final sets to train for comparison, named by score or `seed_only`, `oracle`."""
+    """Step 4.
+
+    arms: further final sets to train for comparison, named by score or `seed_only`, `oracle`; with `-epochs`
+    after the name, for as many epochs as the configured filter's instead of as many steps.
+    """
 
     arms: tuple[str, ...] = ()
     system_prompts: SystemPrompts = field(default_factory=SystemPrompts)
@@ -260,19 +264,18 @@ class Config:
 
     def __post_init__(self):
         known = [*SCORES, "seed_only", "oracle"]
+        known += [f"{arm}-epochs" for arm in known]
         for key, arms in (("filter.by", (self.filter.by,)), ("finetune.arms", self.finetune.arms)):
             for arm in arms:
                 names = list(SCORES) if key == "filter.by" else known
                 if arm not in names:
                     raise ValueError(f"{key}: unknown score {arm!r}{nearest(arm, names)}")
-        if self.world is None and "oracle" in self.finetune.arms:
+        sets = {arm.removesuffix("-epochs") for arm in self.finetune.arms}
+        if self.world is None and "oracle" in sets:
             raise ValueError("finetune.arms: `oracle` needs the truth, which only the world has")
-        if self.filter.select != "fraction" and "oracle" in self.finetune.arms:
+        if self.filter.select != "fraction" and "oracle" in sets:
             raise ValueError("finetune.arms: `oracle` takes a share; set filter.select to fraction")
-        if self.filter.select == "threshold" and set(self.finetune.arms) - {
-            self.filter.by,
-            "seed_only",
-        }:
+        if self.filter.select == "threshold" and sets - {self.filter.by, "seed_only"}:
             raise ValueError(
                 "finetune.arms: one threshold cannot serve several scores; use a fraction"
             )

@@ -1,11 +1,13 @@
 """Step 4: the base model is trained on the kept pairs and the seed pairs.
 
 Each *arm* is one final set, trained from the same base with the same number of steps: the configured
-filter, and any others that the configuration wants beside it.
+filter, and any others that the configuration wants beside it. Equal steps favour small sets, which are seen
+more often; an arm `NAME-epochs` is the set of NAME, trained for as many epochs as the configured filter's.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import reduce
 from itertools import compress
 
@@ -13,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from main_jax.filter import MEASURED, keep_by
-from main_jax.lm.batches import Shape, Unit, UnitStream
+from main_jax.lm.batches import Shape, UnitStream
 from main_jax.lm.checkpoint import load_params
 from main_jax.lm.train import fit
 from main_jax.models import LanguageModel
@@ -49,23 +51,42 @@ def finetune(run: Run, out: epath.Path) -> dict[str, int]:
         if len(units) < chosen.sum():  # with what the system says they are longer
             counts[f"{arm}_too_long"] = int(chosen.sum()) - len(units)
 
-    def shape(units: list[Unit]) -> Shape:
+    epochs = settings.epochs(len(sets[run.config.filter.by]))
+    trainings = {
+        arm: replace(settings, num_train_epochs=epochs, max_steps=None)
+        if equal_epochs(arm)
+        else settings
+        for arm in sets
+    }
+
+    def shape(arm: str) -> Shape:
+        training = trainings[arm]
         return UnitStream(
-            units, units_per_microbatch=settings.units_per_microbatch,
-            microbatches=settings.gradient_accumulation_steps, steps=settings.steps(len(units)),
-            seed=order_seed, limit=prompt.max_length, packing=settings.packing,
+            sets[arm], units_per_microbatch=training.units_per_microbatch,
+            microbatches=training.gradient_accumulation_steps,
+            steps=training.steps(len(sets[arm])), seed=order_seed, limit=prompt.max_length,
+            packing=training.packing,
         ).shape  # fmt: skip
 
-    shared = reduce(Shape.union, map(shape, sets.values()))  # one compiled step for all arms
+    shared = reduce(Shape.union, map(shape, sets))  # one compiled step for all arms
     for arm, units in sets.items():
         fit(
-            run.base.decoder, run.base.load, units, settings,
+            run.base.decoder, run.base.load, units, trainings[arm],
             directory=out / arm, weighting=Weighting(strategy="constant"),
             seed=order_seed, label=f"finetune {arm}",
             limit=prompt.max_length, validation=[e for u in held_out for e in u.examples],
             shape=shared, reporting=run.reporting,
         )  # fmt: skip
     return counts
+
+
+EPOCHS = "-epochs"
+"""Suffix of an arm that is trained for as many epochs, not steps."""
+
+
+def equal_epochs(arm: str) -> bool:
+    """Whether it is one of those."""
+    return arm.endswith(EPOCHS)
 
 
 def arms(run: Run) -> list[str]:
@@ -76,6 +97,7 @@ def arms(run: Run) -> list[str]:
 def kept_by_arm(run: Run, arm: str) -> np.ndarray:
     """[N] bool over the rows of the filter stage: what this arm trains on beside the seed."""
     settings, directory = run.config.filter, run.directory("filter") / "data"
+    arm = arm.removesuffix(EPOCHS)
     if arm == "oracle":
         from main_jax.world.measure import oracle_kept
 

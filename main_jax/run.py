@@ -14,7 +14,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -62,7 +62,7 @@ class Run:
     """A configuration and its directory. `stages` are those of `pipeline.STAGES` that apply.
 
     `from_manifest`: a run that is only read. The user's files, which may be gone, are then taken to be
-    those that were prepared.
+    those that were prepared. `RUN/shared.json` names stages that are another run's and where that one is.
     """
 
     def __init__(self, config: Config, stages: tuple[Stage, ...], from_manifest: bool = False):
@@ -74,8 +74,7 @@ class Run:
 
     def directory(self, stage: str) -> epath.Path:
         """Where a stage writes."""
-        of = self.stages[stage]
-        return self.path / (of.folder or f"stages/{of.number:02}-{stage}")
+        return stage_folder(self.path, self.stages[stage])
 
     def rows(self, stage: str, part: str = "") -> list[dict]:
         """The rows that a stage has written (of its table `part`, where it has several)."""
@@ -283,6 +282,22 @@ class Run:
         """What a stage has recorded of itself; empty before it has begun."""
         path = self.directory(name) / "manifest.json"
         return json.loads(path.read_text()) if path.exists() else {}
+
+
+SHARED = "shared.json"
+
+
+def share(path: epath.Path, stages: Sequence[str], folder: str) -> None:
+    """Makes stages of the run in `folder`, seen from the run in `path`, its own."""
+    write_json(path / SHARED, dict.fromkeys(stages, folder))
+
+
+def stage_folder(path: epath.Path, stage: Stage) -> epath.Path:
+    """Where a stage of the run in `path` writes, be it that run's own or shared."""
+    file = path / SHARED
+    shared = json.loads(file.read_text()) if file.exists() else {}
+    root = path / shared[stage.name] if stage.name in shared else path
+    return root / (stage.folder or f"stages/{stage.number:02}-{stage.name}")
 
 
 def derive_seed(seed: int, purpose: str) -> int:

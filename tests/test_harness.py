@@ -10,11 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import yaml
 
 pytest.importorskip("lm_eval")
+import lm_eval
 from lm_eval.api.instance import Instance
 from tiny_llama import FAMILIES, make_tiny_llama
 
@@ -24,6 +26,7 @@ from main_jax.config import Runtime
 from main_jax.errors import UserError
 from main_jax.evaluation import adapter
 from main_jax.evaluation import tasks as task_files
+from main_jax.evaluation.published import CHOICES, OPENLLM, above_guessing, published
 from main_jax.lm.generate import Sampling, generate
 from main_jax.lm.tokenizer import load_tokenizer
 from main_jax.models import open_checkpoint
@@ -370,6 +373,66 @@ def test_a_shared_context_is_computed_once(model, tmp_path, monkeypatch):
         (alone,) = adapter.likelihoods(lm._model(), [pair], 512, 1024)
         assert answer[0] == pytest.approx(alone.log_likelihood, abs=1e-4)
         assert answer[1] == alone.is_greedy
+
+
+def test_chunks_of_logits_change_nothing(model, tmp_path, monkeypatch):
+    lm = ours(model, tmp_path)
+    asked = [(lm.tok_encode(f"{text}:"), [7 + i]) for text in WORDS for i in range(3)]
+    asked += [(lm.tok_encode("a"), lm.tok_encode(texts(4)(12)))]
+    whole = adapter.likelihoods(lm._model(), asked, 512, 600)
+    monkeypatch.setattr("main_jax.lm.loss.CHUNK_LOGITS", 307 * 7 * 5)  # so many tokens of every row
+    jax.clear_caches()
+    chunked = adapter.likelihoods(lm._model(), asked, 512, 600)
+    jax.clear_caches()
+    for a, b in zip(whole, chunked, strict=True):
+        assert a.log_likelihood == pytest.approx(b.log_likelihood, rel=1e-6)
+        assert a.is_greedy == b.is_greedy
+
+
+# ------------------------------------------------------------------------------ as published
+
+
+def test_published_numbers_by_hand():
+    bbh = {f"leaderboard_bbh_{part}": 1 / n for part, n in CHOICES["BBH"].items()}  # all guessed,
+    bbh |= {"leaderboard_bbh_navigate": 0.75, "leaderboard_bbh_snarks": 0.3}  # but: half way, below
+    musr = {"murder_mysteries": 0.75, "object_placements": 0.6, "team_allocation": 0.2}
+    results = {name: {"acc_norm,none": score} for name, score in bbh.items()}
+    results |= {f"leaderboard_musr_{n}": {"acc_norm,none": score} for n, score in musr.items()}
+    results |= {
+        "leaderboard_gpqa": {"acc_norm,none": 0.4}, "leaderboard_mmlu_pro": {"acc,none": 0.19},
+        "leaderboard_math_hard": {"exact_match,none": 0.07},
+        "leaderboard_ifeval": {"inst_level_strict_acc,none": 0.5, "prompt_level_strict_acc,none": 0.3},
+        "arc_challenge": {"acc_norm,none": 0.5, "acc,none": 0.9},
+        "hellaswag": {"acc_norm,none": 0.6, "acc,none": 0.9}, "truthfulqa_mc2": {"acc,none": 0.4},
+        "winogrande": {"acc,none": 0.7},
+        "gsm8k": {"exact_match,strict-match": 0.1, "exact_match,flexible-extract": 0.9},
+        "mmlu": {"acc,none": 0.99}, "mmlu_a": {"acc,none": 0.2}, "mmlu_b": {"acc,none": 0.4},
+        "mmlu_c": {"acc,none": 0.9}, "mmlu_pro": {"acc,none": 0.9},
+    }  # fmt: skip
+    groups = {"mmlu": ["mmlu_x", "mmlu_c"], "mmlu_x": ["mmlu_a", "mmlu_b"]}
+    assert published({"results": results, "group_subtasks": groups}) == {}
+    groups |= {"leaderboard": [], "openllm": []}
+    found = published({"results": results, "group_subtasks": groups})
+    v2 = {"IFEval": 40, "BBH": 50 / 24, "MuSR": 100 / 3, "MATH": 7, "GPQA": 20, "MMLU-Pro": 10}
+    v1 = {"ARC": 50, "HellaSwag": 60, "TruthfulQA": 40, "Winogrande": 70, "GSM8K": 10, "MMLU": 50}
+    assert found["leaderboard"] == pytest.approx(v2 | {"average": sum(v2.values()) / 6})
+    assert found["openllm"] == pytest.approx(v1 | {"average": 280 / 6})
+    assert above_guessing(0.6, 4) == pytest.approx(46.67, abs=0.01)  # the leaderboard's own example
+
+
+def test_what_is_published_is_what_the_harness_has():
+    """The tables here agree with the task files of the installed harness."""
+    tasks = Path(lm_eval.__file__).parent / "tasks"
+    for part, choices in CHOICES["BBH"].items():
+        task = yaml.safe_load((tasks / "leaderboard" / "bbh_mc" / f"{part}.yaml").read_text())
+        assert task["task"] == f"leaderboard_bbh_{part}"
+        assert task["doc_to_choice"] is not None and len(task["doc_to_choice"]) == choices
+    assert len(CHOICES["BBH"]) == len(list((tasks / "leaderboard" / "bbh_mc").glob("[a-z]*.yaml")))
+    ours = yaml.safe_load(OPENLLM.read_text())["task"]
+    theirs = yaml.safe_load((tasks / "benchmarks" / "openllm.yaml").read_text())["task"]
+    assert {t["task"] for t in theirs} - {t["task"] for t in ours} == {"truthfulqa"}
+    assert [t for t in ours if t in theirs] == [t for t in theirs if t["task"] != "truthfulqa"]
+    assert {"task": "truthfulqa_mc2", "num_fewshot": 0} in ours
 
 
 # ------------------------------------------------------------------------------ what is refused

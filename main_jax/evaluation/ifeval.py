@@ -5,6 +5,7 @@ The checkers are the harness's (`lm_eval.tasks.ifeval`); they would notice after
 
 from __future__ import annotations
 
+import io
 import json
 from importlib import import_module
 from pathlib import Path
@@ -32,7 +33,7 @@ def check_checkers() -> None:
 
     langdetect.DetectorFactory.seed = 0  # it draws; without a seed verdicts change from run to run
     try:
-        _ = nltk.data.find(PUNKT)
+        _ = nltk.data.find(f"{PUNKT}/english/")
     except LookupError:
         _fetch_punkt()
     try:
@@ -50,8 +51,10 @@ def _fetch_punkt() -> None:
     try:
         if HF_HUB_OFFLINE:
             raise ValueError("offline mode is on, HF_HUB_OFFLINE")
-        nltk.downloader.Downloader().download("punkt_tab", quiet=True, raise_on_error=True)
-        nltk.data.find(PUNKT)
+        nltk.downloader.Downloader().download(
+            "punkt_tab", quiet=True, raise_on_error=True, print_error_to=io.StringIO()
+        )
+        nltk.data.find(f"{PUNKT}/english/")
     except (ValueError, LookupError, OSError) as error:
         raise UserError(
             f"ifeval: nltk's punkt_tab is not here and cannot be fetched ({_line(error)[:160]}); unpack "

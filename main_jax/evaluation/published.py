@@ -43,7 +43,7 @@ CHOICES = {
 def published(found: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """The numbers of each leaderboard that was asked for, its `average` last.
 
-    `found` is what the harness returns: `results`, `group_subtasks` and `configs` are read.
+    `found` is what the harness returns: `results` and `group_subtasks` are read.
     """
     groups = {"openllm": _openllm, "leaderboard": _leaderboard}
     numbers = {name: of(found) for name, of in groups.items() if name in found["group_subtasks"]}
@@ -59,27 +59,34 @@ def above_guessing(score: float, choices: float) -> float:
 def _openllm(found: Mapping[str, Any]) -> dict[str, float]:
     results = found["results"]
     scores = {name: 100 * results[task][metric] for name, (task, metric) in V1.items()}
-    subjects = [task for task in found["configs"] if task.startswith("mmlu_")]
+    subjects = _members("mmlu", found["group_subtasks"])
     return scores | {"MMLU": _mean(100 * results[task]["acc,none"] for task in subjects)}
 
 
+def _members(name: str, groups: Mapping[str, list[str]]) -> list[str]:
+    """The tasks of a group and of the groups in it."""
+    if name not in groups:
+        return [name]
+    return [task for member in groups[name] for task in _members(member, groups)]
+
+
 def _leaderboard(found: Mapping[str, Any]) -> dict[str, float]:
-    results = {
-        name.removeprefix("leaderboard_"): metrics for name, metrics in found["results"].items()
-    }
+    def score(task: str, metric: str) -> float:
+        return found["results"][f"leaderboard_{task}"][f"{metric},none"]
+
     levels = ("prompt", "inst")
     return {
-        "IFEval": _mean(100 * results["ifeval"][f"{level}_level_strict_acc,none"] for level in levels),
+        "IFEval": _mean(100 * score("ifeval", f"{level}_level_strict_acc") for level in levels),
         **{
             name: _mean(
-                above_guessing(results[f"{name.lower()}_{part}"]["acc_norm,none"], choices)
+                above_guessing(score(f"{name.lower()}_{part}", "acc_norm"), choices)
                 for part, choices in parts.items()
             )
             for name, parts in CHOICES.items()
         },
-        "MATH": 100 * results["math_hard"]["exact_match,none"],
-        "GPQA": above_guessing(results["gpqa"]["acc_norm,none"], 4),
-        "MMLU-Pro": above_guessing(results["mmlu_pro"]["acc,none"], 10),
+        "MATH": 100 * score("math_hard", "exact_match"),
+        "GPQA": above_guessing(score("gpqa", "acc_norm"), 4),
+        "MMLU-Pro": above_guessing(score("mmlu_pro", "acc"), 10),
     }  # fmt: skip
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import logging
-import os
 import tempfile
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +14,13 @@ from typing import Any
 from main_jax.errors import UserError
 from main_jax.evaluation import ifeval
 from main_jax.evaluation.published import OPENLLM
+
+PACKAGES = {
+    "math_verify": "lm-eval[math]",
+    "antlr4": "lm-eval[math]",
+    "pkg_resources": "setuptools<81",
+}
+"""What parts of the leaderboard import that an installed harness may lack, and where it is."""
 
 OFFLINE = (
     "run it once where there is internet access and copy that HF_HOME here (then HF_HUB_OFFLINE=1 asks "
@@ -46,6 +53,8 @@ def load_tasks(
     """
     from lm_eval.tasks import TaskManager
 
+    for name in names:
+        _check_packages(name)
     # Neither each attempt to reach the hub nor each default of a task's metrics needs a line.
     for package in ("huggingface_hub", "lm_eval"):
         logging.getLogger(package).setLevel(logging.ERROR)
@@ -73,6 +82,18 @@ def _needs_checkers(name: str) -> bool:
     return "ifeval" in text or name in ("leaderboard", "leaderboard_instruction_following")
 
 
+def _check_packages(name: str) -> None:
+    """Before gigabytes are fetched for the other parts. Raises UserError."""
+    wanted = set()
+    if name == "leaderboard" or name.startswith("leaderboard_math"):
+        wanted |= {"math_verify", "antlr4"}
+    if name in ("leaderboard", "leaderboard_ifeval", "leaderboard_instruction_following"):
+        wanted |= {"pkg_resources"}
+    if lacks := sorted(p for p in wanted if importlib.util.find_spec(p) is None):
+        install = " ".join(sorted({f"'{PACKAGES[package]}'" for package in lacks}))
+        raise UserError(f"--tasks: {name}: needs {', '.join(lacks)}; pip install {install}")
+
+
 def _spec(name: str, index: Mapping[str, Any], ifeval_prompts: str | None, folder: Path) -> str:
     if is_file(name):
         return str(Path(name).expanduser())
@@ -96,10 +117,7 @@ def _one_line(name: str) -> Generator[None]:
     except UserError:
         raise
     except ImportError as error:
-        raise UserError(
-            f"--tasks: {name}: needs a package more ({_brief(error)}); try pip install "
-            "'lm-eval[ifeval,math]' 'setuptools<81'"
-        ) from None
+        raise UserError(f"--tasks: {name}: a package lacks ({_brief(error)})") from None
     except Exception as error:  # of datasets, of the hub, of a task's own code
         fetching = isinstance(error, (ConnectionError, FileNotFoundError))
         hint = f"; {OFFLINE}" if fetching else ""
@@ -123,5 +141,5 @@ def _check_kinds(tasks: Mapping[str, Any]) -> None:
         if getattr(task, "MULTIMODAL", False):
             raise UserError(f"--tasks: {name}: shows pictures; not supported")
         checker = getattr(task.config, "process_results", None)
-        if "ifeval" in os.path.split(getattr(checker, "__module__", None) or "")[-1]:
+        if "ifeval" in (getattr(checker, "__module__", None) or ""):
             ifeval.check_checkers()

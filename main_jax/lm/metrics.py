@@ -128,8 +128,7 @@ class Sinks:
     def __init__(self, reporting: Reporting, directory: epath.Path, label: str, start: int):
         self._label = label
         self._open: dict[str, TensorBoard | WeightsAndBiases] = {}
-        wanted = [name for name in MODULES if name in reporting.to and first()]
-        for name in wanted:
+        for name in [name for name in MODULES if name in reporting.to and first()]:
             with self._spared(name):
                 directory.mkdir(parents=True, exist_ok=True)
                 self._open[name] = (

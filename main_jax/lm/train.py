@@ -73,6 +73,10 @@ class TrainingSettings:
             return self.max_steps
         return max(1, math.ceil(self.num_train_epochs * num_units / self.train_batch_size))
 
+    def epochs(self, num_units: int) -> float:
+        """How often a data set of `num_units` is seen."""
+        return self.steps(num_units) * self.train_batch_size / num_units
+
     @property
     def units_per_microbatch(self) -> int:
         """Units that go through the model at once."""

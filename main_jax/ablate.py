@@ -115,6 +115,10 @@ def _config(
         return dataclasses.replace(
             config, seed=seed, output_dir=str(path),
             align=dataclasses.replace(config.align, rounds=variant.rounds, weighting=weighting),
+            score=dataclasses.replace(
+                config.score,
+                self_curation=config.score.self_curation or "self_curation" in filters,
+            ),
             filter=dataclasses.replace(config.filter, by=_by(config, filters)),
             finetune=dataclasses.replace(config.finetune, arms=tuple(filters)),
         )  # fmt: skip

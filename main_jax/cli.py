@@ -100,7 +100,8 @@ def score_file(arguments: argparse.Namespace) -> int:
         template=arguments.template or "auto", max_length=arguments.max_length,
         excess_length_strategy=arguments.excess_length_strategy or "drop",
         tokens_per_batch=arguments.tokens_per_batch or 8192,
-        show_example=arguments.show_example,
+        show_example=arguments.show_example, columns=arguments.columns,
+        self_curation=bool(arguments.self_curation), curation_prompt=arguments.curation_prompt,
     ))  # fmt: skip
 
 
@@ -115,6 +116,7 @@ def filter_file(arguments: argparse.Namespace) -> int:
 
     asked = {"by": arguments.by, "select": arguments.select, "keep": arguments.keep}
     asked = {"filter": {k: v for k, v in asked.items() if v is not None}}
+    asked["score"] = {"self_curation": True}  # whether there are grades, the file says
     settings = from_mapping(Config, asked, "command line").filter
     tools.filter_file(
         arguments.config, arguments.output, by=settings.by, select=settings.select,
@@ -142,6 +144,7 @@ def generate_file(arguments: argparse.Namespace) -> int:
         arguments.model, arguments.prompts, arguments.output,
         template=arguments.template, direction=Direction(arguments.direction),
         sampling=sampling, seed=arguments.seed, batch_size=arguments.batch_size,
+        columns=arguments.columns,
     ))  # fmt: skip
 
 

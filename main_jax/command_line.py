@@ -42,7 +42,7 @@ STAGES = {
 FILE_OPTIONS = {
     "score": (
         "forward_model", "reverse_model", "data", "output", "template", "max_length",
-        "excess_length_strategy", "tokens_per_batch",
+        "excess_length_strategy", "tokens_per_batch", "columns", "self_curation", "curation_prompt",
     ),
     "evaluate": evaluation.NAMES,
 }  # fmt: skip
@@ -130,6 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument(
         "--output", metavar="FILE", help="JSONL or Parquet: the same rows, with scores"
     )
+    _add_columns(score)
     score.add_argument("--template", help="auto (default), chat, plain, none or a YAML file")
     score.add_argument("--max-length", type=int, metavar="N", help="longest example, in tokens")
     score.add_argument(
@@ -138,6 +139,11 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument(
         "--tokens-per-batch", type=int, metavar="N", help="padded tokens at once (8192)"
     )
+    score.add_argument(
+        "--self-curation", action="store_true", default=None,
+        help="the forward model also grades every pair from 1 to 5, for filter --by self_curation",
+    )  # fmt: skip
+    score.add_argument("--curation-prompt", metavar="FILE", help="text in place of ours that asks for it")
     processes.add_options(score)
 
     generate = verb(
@@ -153,6 +159,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="instruction (reverse: response): JSONL, Parquet, CSV, hf:NAME, ...",
     )  # fmt: skip
     generate.add_argument("--output", required=True, metavar="FILE", help="JSONL or Parquet")
+    _add_columns(generate)
     generate.add_argument(
         "--template", default="auto", help="auto, chat, plain, none or a YAML file"
     )
@@ -301,6 +308,13 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"seconds from SIGTERM to SIGKILL for the others when one fails ({launch.GRACE_S:g})",
     )  # fmt: skip
     return parser
+
+
+def _add_columns(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--columns", metavar="OURS=THEIRS,...",
+        help="where they are not recognised: instruction=question,response=answer",
+    )  # fmt: skip
 
 
 def _add_filter(parser: argparse.ArgumentParser) -> None:

@@ -123,9 +123,16 @@ class Augment:
 
 @dataclass(frozen=True)
 class Score:
-    """Step 3a. tokens_per_batch: padded tokens of one scoring batch."""
+    """Step 3a.
+
+    tokens_per_batch: padded tokens of one scoring batch.
+    self_curation: also have the forward model grade every pair (`main_jax/self_curation.py`), for the filter
+        of that name. curation_prompt: a file in place of ours, with {instruction} and {response} in it.
+    """
 
     tokens_per_batch: int = 8192
+    self_curation: bool = False
+    curation_prompt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -275,6 +282,8 @@ class Config:
             raise ValueError("finetune.arms: `oracle` needs the truth, which only the world has")
         if self.filter.select != "fraction" and "oracle" in sets:
             raise ValueError("finetune.arms: `oracle` takes a share; set filter.select to fraction")
+        if "self_curation" in {*sets, self.filter.by} and not self.score.self_curation:
+            raise ValueError("self_curation needs grades: set score.self_curation to true")
         if self.filter.select == "threshold" and sets - {self.filter.by, "seed_only"}:
             raise ValueError(
                 "finetune.arms: one threshold cannot serve several scores; use a fraction"

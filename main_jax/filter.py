@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 from scipy.stats import rankdata
 
+from main_jax.errors import UserError
 from main_jax.pairs import set_column
 
 
@@ -34,6 +35,7 @@ class PairScores:
     response: np.ndarray  # L_f(R)
     instruction: np.ndarray  # L_r(I)
     response_tokens: np.ndarray
+    rating: np.ndarray  # 1 to 5, NaN where the pair was not graded
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ SCORES: dict[str, Score] = {
     "ifd_ratio": Score(lambda p: p.forward / p.response, "high", lambda score: score <= 1),
     # Selective Reflection.
     "reverse_ifd": Score(lambda p: np.exp(p.reverse - p.instruction), "low"),
+    # The paper's "score-based filtering": the forward model's own grade (Humpback).
+    "self_curation": Score(lambda p: p.rating, "high", eligible=np.isfinite),
     # Baselines.
     "length": Score(lambda p: p.response_tokens.astype(float), "high"),
     "random": Score(_uniform, "low"),
@@ -98,6 +102,8 @@ MEASURED = (
     "response_nll_sum", "instruction_nll_sum", "drop_reason",
 )  # fmt: skip
 """The columns that a filter needs."""
+READ = (*MEASURED, "rating")
+"""Those that it reads; `rating` is there where `score` was asked for it."""
 CUT = "filter_"
 """Prefix of the drop reason of what a filter cut; such rows stay in the pool of the next filter."""
 
@@ -112,9 +118,14 @@ def pool_of(table: pa.Table) -> np.ndarray:
 
 
 def score_columns(table: pa.Table, seed: int) -> dict[str, np.ndarray]:
-    """Every score as an [N] float64 column, NaN outside the pool. `none` has no column."""
+    """Every score as an [N] float64 column, NaN outside the pool.
+
+    `none` has no column, and without grades `self_curation` has none.
+    """
     pool = pool_of(table)
-    columns = {name: np.full(table.num_rows, np.nan) for name in SCORES if name != "none"}
+    rated = "rating" in table.column_names and table["rating"].null_count < len(table)
+    absent = ("none",) if rated else ("none", "self_curation")
+    columns = {name: np.full(table.num_rows, np.nan) for name in SCORES if name not in absent}
     if not pool.any():
         return columns
 
@@ -130,6 +141,7 @@ def score_columns(table: pa.Table, seed: int) -> dict[str, np.ndarray]:
         response=numbers("response_nll_sum") / forward_tokens,
         instruction=numbers("instruction_nll_sum") / reverse_tokens,
         response_tokens=forward_tokens,
+        rating=numbers("rating") if rated else np.full(int(pool.sum()), np.nan),
     )
     for name, column in columns.items():
         column[pool] = SCORES[name].formula(scores)
@@ -175,6 +187,8 @@ def keep_by(table: pa.Table, name: str, how: str, amount: float) -> np.ndarray:
     pool = pool_of(table)
     if name == "none":
         return pool
+    if name not in table.column_names:
+        raise UserError(f"{name}: the pairs were scored without it; score them with self-curation")
     column = np.asarray(table[name].to_numpy(zero_copy_only=False), np.float64)
     return select(column, SCORES[name], table["id"].to_pylist(), pool, how, amount)  # ty: ignore
 

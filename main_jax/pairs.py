@@ -38,6 +38,8 @@ COLUMNS: dict[str, pa.DataType] = {
     "reverse_tokens": pa.int32(),
     "response_nll_sum": pa.float64(),  # nats, of the response alone, by the forward model
     "instruction_nll_sum": pa.float64(),  # nats, of the instruction alone, by the reverse model
+    "rating": pa.float64(),  # 1 to 5, by the forward model (self-curation)
+    "rating_parsed": pa.bool_(),  # whether it would have written one of these
     "keep": pa.bool_(),
     "drop_reason": pa.string(),
     "truncated": pa.bool_(),

@@ -25,7 +25,7 @@ from main_jax.data.files import files_below
 from main_jax.errors import UserError
 from main_jax.evaluate import evaluate
 from main_jax.export import export
-from main_jax.filter import MEASURED, with_filter
+from main_jax.filter import READ, with_filter
 from main_jax.finetune import arms, finetune
 from main_jax.hygiene import mark_repeats
 from main_jax.lm.metrics import unavailable
@@ -36,6 +36,7 @@ from main_jax.prepare import prepare
 from main_jax.prompts import Direction
 from main_jax.run import Run, Stage, versions
 from main_jax.score import score_rows
+from main_jax.self_curation import Curator
 from main_jax.strict_yaml import load_config
 from main_jax.world import WORLD_POSITIONS
 
@@ -70,6 +71,8 @@ def augment(run: Run, out: epath.Path) -> dict[str, int]:
 def score(run: Run, out: epath.Path) -> dict[str, int]:
     """Both aligned models score every augmented pair."""
     last, stage = f"round-{run.config.align.rounds}", run.directory("align")
+    settings = run.config.score
+    curator = Curator(run.prompt, run.curation_prompt) if settings.self_curation else None
 
     @cache
     def model(direction: Direction) -> LanguageModel:
@@ -78,22 +81,26 @@ def score(run: Run, out: epath.Path) -> dict[str, int]:
     def score_chunk(chunk: Sequence[dict], advance: Callable[[int], None]) -> list[dict]:
         with use_mesh(run.config.inference_mesh, local=True):
             forward, reverse = ((model(d), run.prompt) for d in Direction)
-            scored = score_rows(chunk, forward, reverse, run.config.score.tokens_per_batch)
+            scored = score_rows(chunk, forward, reverse, settings.tokens_per_batch, curator)
         advance(len(chunk))
         return scored
 
     rows = pairs.Rows(run.directory("augment") / "data")
     chunk_rows = run.config.runtime.chunk_rows
     rows = pairs.map_chunks(rows, out / "data", chunk_rows, score_chunk, "score", "pairs")
-    return _reasons(rows.column("drop_reason"), "pairs")
+    counts = _reasons(rows.column("drop_reason"), "pairs")
+    if curator:
+        parsed = Counter(rows.column("rating_parsed"))
+        counts |= {"rated": parsed[True] + parsed[False], "unparsable_ratings": parsed[False]}
+    return counts
 
 
 def filter_pairs(run: Run, out: epath.Path) -> dict[str, int]:
     """Every score as a column; `keep` and `drop_reason` by the configured one."""
     settings, scored = run.config.filter, run.directory("score") / "data"
-    table = pairs.read_parts(scored, MEASURED)
+    table = pairs.read_parts(scored, READ)
     table = with_filter(table, settings.by, settings.select, settings.keep, run.config.seed)
-    new = [name for name in table.column_names if name not in MEASURED or name == "drop_reason"]
+    new = [name for name in table.column_names if name not in READ or name == "drop_reason"]
     pairs.set_columns(scored, table.select(new), out / "data")
     counts = _reasons(table["drop_reason"].to_pylist(), "pairs")
     if not counts["pairs"]:
@@ -138,6 +145,8 @@ def open_run(config: Config) -> Run:
                 raise UserError(f"{key} is not set; give it in the config or as --{key} PATH")
         _ = run.sources
     _ = run.template
+    if config.score.self_curation:
+        _ = run.curation_prompt
     check_output(run.path, "output_dir")
     for name in config.runtime.report_to:
         if reason := unavailable(name):

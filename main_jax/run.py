@@ -148,6 +148,13 @@ class Run:
         """Where metrics go besides `metrics.jsonl`."""
         return Reporting(self.config.runtime.report_to, group=self.path.name)
 
+    @cached_property
+    def curation_prompt(self) -> str:
+        """What asks the forward model for a grade."""
+        from main_jax.self_curation import read_prompt
+
+        return read_prompt(self.config.score.curation_prompt)
+
     # -------------------------------------------------------------------------------- running stages
 
     def execute(self, name: str) -> bool:
@@ -256,6 +263,8 @@ class Run:
             }
         if "prompt" in sections:  # so does a template file
             sections["prompt"] = sections["prompt"] | {"template": self.template}
+        if "score" in sections and self.config.score.self_curation:
+            sections["score"] = sections["score"] | {"curation_prompt": self.curation_prompt}
         return sections | {"seed": self.config.seed, "runtime": runtime}
 
     def _files(self, stage: Stage) -> dict[str, str]:

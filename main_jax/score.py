@@ -12,6 +12,7 @@ shape and go through one jitted function, `lm.loss.example_nll`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -23,6 +24,9 @@ from main_jax.lm.sharding import place_rows, row_shards
 from main_jax.models import LanguageModel
 from main_jax.pairs import joined_instruction
 from main_jax.prompts import Direction, Prompt
+
+if TYPE_CHECKING:
+    from main_jax.self_curation import Curator
 
 
 def nll_sums(model: LanguageModel, examples: Sequence[Example], limit: int, budget: int) -> tuple:
@@ -51,8 +55,11 @@ def score_rows(
     forward: tuple[LanguageModel, Prompt],
     reverse: tuple[LanguageModel, Prompt],
     budget: int,
+    curator: Curator | None = None,
 ) -> list[dict]:
     """The rows with their NLLs, counts, `keep`, `drop_reason` and `truncated`; same order.
+
+    With a `curator` also with the forward model's `rating` and whether it was parsed.
 
     A row that is empty or does not fit in both directions keeps null NLLs, `keep = false` and its
     reason.
@@ -87,6 +94,10 @@ def score_rows(
         for j, row in enumerate(members):
             row[f"{d}_nll_sum"], row[f"{d}_tokens"] = float(sums[2 * j]), int(counts[2 * j])
             row[f"{alone}_nll_sum"] = float(sums[2 * j + 1])
+    if curator is not None:
+        ratings = curator.rate(scored, forward[0], budget)
+        for row, (rating, parsed) in zip(scored, ratings, strict=True):
+            row |= {"rating": rating, "rating_parsed": parsed}
     for row in scored:
         row["keep"] = row["drop_reason"] is None
         row["truncated"] = bool(row.get("truncated"))

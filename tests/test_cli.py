@@ -222,7 +222,9 @@ def test_score_keeps_rows_order_and_columns(tiny, tmp_path, capsys):
     assert tables[0] == tables[1] == tables[2] == tables[3]
     found = tables[0]
     assert [{name: r[name] for name in names} for r in found] == rows
-    columns = [c for c in COLUMNS if c != "source"] + [s for s in SCORES if s != "none"]
+    columns = [c for c in COLUMNS if c != "source"] + [
+        s for s in SCORES if s not in ("none", "self_curation")
+    ]
     assert all(list(r) == columns for r in found)
     reasons = {r["id"]: r["drop_reason"] for r in found if not r["keep"]}
     assert reasons == {"empty-i": "empty_instruction", "blank-r": "empty_response",

@@ -66,7 +66,11 @@ def other_value(key: str) -> Any:
 def beside(key: str) -> list[str]:
     """Overrides without which the other value of a key is refused."""
     section, _, name = key.rpartition(".")
-    return [f"--{section}.eval_steps=50"] if name == "load_best_model_at_end" else []
+    best = [f"--{section}.eval_steps=50"]
+    return {
+        "load_best_model_at_end": best,
+        "early_stopping_patience": [*best, f"--{section}.load_best_model_at_end=true"],
+    }.get(name, [])
 
 
 def nested(key: str, value: Any) -> dict:
@@ -106,7 +110,9 @@ def test_the_list_of_keys_reaches_all_sections():
         assert key in KEYS
 
 
-ALWAYS_REFUSED = "world.pretraining.load_best_model_at_end"  # nothing of the world is held out
+ALWAYS_REFUSED = tuple(  # nothing of the world is held out
+    f"world.pretraining.{name}" for name in ("load_best_model_at_end", "early_stopping_patience")
+)
 
 
 def test_keep_best_needs_held_out_pairs(tmp_path):
@@ -119,7 +125,7 @@ def test_keep_best_needs_held_out_pairs(tmp_path):
     assert f"{ALWAYS_REFUSED}: nothing" in line
 
 
-@pytest.mark.parametrize("key", [key for key in KEYS if key != ALWAYS_REFUSED])
+@pytest.mark.parametrize("key", [key for key in KEYS if key not in ALWAYS_REFUSED])
 def test_every_key_can_be_set_in_yaml_and_overridden(key, tmp_path):
     value, more = other_value(key), beside(key)
     assert value != KEYS[key][1]

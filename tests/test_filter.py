@@ -97,7 +97,10 @@ def pooled(rows):
 def test_the_scores_and_their_ends_are_the_methods():
     ends = {name: end for name, (_, end) in METHOD.items()}
     assert {name: SCORES[name].keep for name in ends} == ends
-    assert {name for name, score in SCORES.items() if score.eligible} == set(ELIGIBLE)
+    assert {name for name, score in SCORES.items() if score.eligible} == {
+        *ELIGIBLE,
+        "self_curation",
+    }
     assert set(SCORES) >= {*METHOD, "random", "none"}
 
 
@@ -385,3 +388,22 @@ def test_a_pair_too_long_is_named_under_raise():
 def test_nothing_to_score():
     assert score([]) == []
     assert [row["drop_reason"] for row in score([ROWS[1]])] == ["empty_instruction"]
+
+
+def test_self_curation_takes_the_best_graded_and_nothing_that_was_not_graded():
+    base = {**dict.fromkeys(SIDES, 4.0), "forward_tokens": 2, "reverse_tokens": 2}
+    grades = [3.5, None, 4.5, 1.0, 4.5]
+    rows = [{"id": f"r{i}", "rating": g} | base for i, g in enumerate(grades)]
+    rows.append({"id": "out", "drop_reason": "too_long", "rating": 5.0})
+    table = with_filter(table_of(rows), "self_curation", "fraction", 0.4, 0)
+    assert table["keep"].to_pylist() == [False, False, True, False, True, False]
+    assert table["self_curation"].to_pylist() == [3.5, None, 4.5, 1.0, 4.5, None]
+    everything = with_filter(table_of(rows), "self_curation", "fraction", 1.0, 0)
+    assert everything["keep"].to_pylist() == [True, False, True, True, True, False]
+
+
+def test_without_grades_there_is_no_self_curation():
+    rows = [{"id": "a", **dict.fromkeys(SIDES, 4.0), "forward_tokens": 2, "reverse_tokens": 2}]
+    assert "self_curation" not in score_columns(table_of(rows), seed=0)
+    with pytest.raises(UserError, match="scored without it; score them with self-curation"):
+        with_filter(table_of(rows), "self_curation", "fraction", 0.4, 0)

@@ -354,6 +354,37 @@ def test_what_a_kill_left_half_deleted_does_no_harm(best, tmp_path, monkeypatch)
     assert left(tmp_path) == {"checkpoints": [STEPS]}
 
 
+def test_a_training_that_gets_no_better_ends_early(best, tmp_path, monkeypatch):
+    found, _ = evaluations(best)
+    stop = next(step for step in found if step > 1 and found[step] >= found[step - 1])
+    assert stop < LOWEST  # it would have become better yet
+    settings = dataclasses.replace(KEEP_BEST, early_stopping_patience=1)
+    kill_after(monkeypatch, stop - 1)
+    with pytest.raises(Killed):
+        run_best(tmp_path, settings)
+    monkeypatch.undo()
+    run_best(tmp_path, settings)
+    trained, last = evaluations(tmp_path)
+    assert trained == {step: nll for step, nll in found.items() if step <= stop}
+    assert last == {
+        "step": STEPS, "best_step": stop - 1,
+        "best_validation_nll_nats_per_token": found[stop - 1],
+    }  # fmt: skip
+    assert left(tmp_path) == {"checkpoints": [STEPS]}  # which says that it is done
+    plain = dataclasses.replace(KEEP_BEST, load_best_model_at_end=False, save_steps=stop - 1)
+    kill_after(monkeypatch, stop)
+    with pytest.raises(Killed):
+        run_best(tmp_path / "stopped", plain)
+    assert results(tmp_path)[0] == results(tmp_path / "stopped")[0]
+    log = (tmp_path / "metrics.jsonl").read_text()
+    assert f'"step": {stop}, "early_stop": 1' in log and f'"step": {stop + 1}, "loss' not in log
+
+
+def test_early_stopping_needs_the_best(tmp_path):
+    with pytest.raises(ValueError, match="set load_best_model_at_end to true as well"):
+        dataclasses.replace(SETTINGS, early_stopping_patience=2)
+
+
 def test_the_best_needs_evaluations(tmp_path):
     with pytest.raises(ValueError, match="set eval_steps"):
         dataclasses.replace(KEEP_BEST, eval_steps=None)

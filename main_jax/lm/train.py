@@ -44,6 +44,8 @@ class TrainingSettings:
     save_total_limit: checkpoints of an unfinished training that are kept, the newest.
     load_best_model_at_end: end with the parameters of the evaluated step whose validation NLL is lowest (the
         first such step); needs eval_steps and validation data.
+    early_stopping_patience: with it, the training ends after so many evaluations in a row that were no better;
+        null: never before its last step.
     """
 
     learning_rate: float = 1e-5
@@ -66,12 +68,19 @@ class TrainingSettings:
     eval_steps: int | None = None
     save_total_limit: int = 1
     load_best_model_at_end: bool = False
+    early_stopping_patience: int | None = None
 
     def steps(self, num_units: int) -> int:
         """Optimiser steps for a data set of `num_units`."""
         if self.max_steps is not None:
             return self.max_steps
         return max(1, math.ceil(self.num_train_epochs * num_units / self.train_batch_size))
+
+    def no_better_since(self, best: int, step: int) -> bool:
+        """Whether a training whose best evaluated step was `best` ends at `step`."""
+        if self.early_stopping_patience is None or self.eval_steps is None:
+            return False
+        return step - best >= self.early_stopping_patience * self.eval_steps
 
     def epochs(self, num_units: int) -> float:
         """How often a data set of `num_units` is seen."""
@@ -90,6 +99,8 @@ class TrainingSettings:
             )
         if self.load_best_model_at_end and not self.eval_steps:
             raise ValueError("load_best_model_at_end chooses among evaluations; set eval_steps")
+        if self.early_stopping_patience is not None and not self.load_best_model_at_end:
+            raise ValueError("early_stopping_patience: set load_best_model_at_end to true as well")
 
     def optimizer(self) -> Optimizer:
         """The part that is compiled into the step."""
@@ -218,6 +229,9 @@ def fit(
                     log.add(done, {"validation_nll_nats_per_token": nll})
                     if best:
                         best.offer(done, nll, state.params)
+                        if settings.no_better_since(best.step, done):
+                            log.add(done, {"early_stop": 1})
+                            break
                 note = ""
                 # Before the checkpoint: what is not on disk by then, a resumed run would not log again.
                 if done % settings.logging_steps == 0 or done % settings.save_steps == 0:

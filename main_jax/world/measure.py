@@ -40,7 +40,7 @@ def measure(run: Run, out: epath.Path) -> dict[str, Any]:
     for arm in arms(run):
         kept = kept_by_arm(run, arm)
         results["arms"][arm] = {"precision": _mean(is_true[kept])} | _exact_match(run, out, arm)
-    scored = [name for name in SCORES if name not in ("none", "random")]
+    scored = [name for name in SCORES if name != "random" and name in table.column_names]
     columns = {name: _oriented(table, name) for name in scored}
     results["auroc"] = {n: auroc(c[pool], is_true[pool]) for n, c in columns.items()}
     results["auroc_by_kind"] = {

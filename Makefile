@@ -33,7 +33,7 @@ format: $(INSTALLED_DEV)
 
 # PyTorch is not a dependency: with it installed, the tests also compare with transformers on PyTorch, live.
 torch: $(INSTALLED_DEV)
-	$(BIN)/python -m pip install torch==2.13.0
+	$(BIN)/python -m pip install torch==2.13.0 accelerate
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("main_jax needs Python 3.11 or newer; say PYTHON=python3.12 make ...") if sys.version_info < (3, 11) else None'

@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from main_jax import launch, processes
 from main_jax.command_line import FILE_OPTIONS, STAGES, build_parser
@@ -152,11 +153,50 @@ def evaluate_model(arguments: argparse.Namespace) -> int:
     """`evaluate` outside a run."""
     from main_jax.evaluation import options
 
+    if options.by_alpaca_eval(arguments):
+        return _alpaca_eval(options.alpaca_settings(arguments), arguments.start)
     how = options.settings(arguments)
     from main_jax.evaluation import harness
 
     initialize(**arguments.start)
     return _unless_stopped(lambda: harness.evaluate_model(**how))
+
+
+def _alpaca_eval(given: dict[str, Any], start: dict[str, Any]) -> int:
+    """AlpacaEval's outputs, and a judge's verdict on them or on outputs that are there."""
+    from main_jax.evaluation import alpaca_eval, judge
+    from main_jax.lm.generate import Sampling
+
+    try:
+        sampling = Sampling(
+            given.get("max_new_tokens", 1024), given.get("temperature", 0.0),
+            given.get("top_p", 1.0), given.get("top_k", 0),
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    asked = None
+    if "judge_url" in given:
+        names = ("key_env", "prompt", "parameters", "concurrency")
+        how = {name: given[f"judge_{name}"] for name in names if f"judge_{name}" in given}
+        asked = judge.open_judge(given["judge_url"], given["judge_model"], **how)
+    seed = given.get("random_seed", 0)
+    initialize(**start)
+
+    def work() -> None:
+        if "alpaca_eval" in given:
+            results = alpaca_eval.alpaca_eval(
+                given["model"], given["alpaca_eval"], given["output"], sampling=sampling,
+                generator=given.get("generator"), template=given.get("template"),
+                arm=given.get("arm"), seed=seed, batch_size=given.get("batch_size", 32),
+                judge=asked, reference=given.get("reference"),
+            )  # fmt: skip
+        else:
+            assert asked is not None
+            results = judge.judge_outputs(given["output"], given["reference"], asked, seed)
+        if results:
+            print(judge.show(results))
+
+    return _unless_stopped(work)
 
 
 def convert_folder(arguments: argparse.Namespace) -> int:
@@ -267,7 +307,7 @@ def plan_run(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
 def launch_processes(arguments: argparse.Namespace) -> int:
     """`launch`."""
     command: list[str] = arguments.command
-    verbs = ("run", *STAGES, "generate")
+    verbs = ("run", *STAGES, "generate", "ablate")
     if not command or command[0] not in verbs:
         found = f", not {command[0]!r}" if command else ""
         raise UserError(

@@ -91,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
                 _add_filter(stage)
             if name == "evaluate":
                 evaluation.add_options(stage)
+                evaluation.add_alpaca_options(stage)
             processes.add_options(stage)
 
     ablation = verb(

@@ -22,7 +22,7 @@ from main_jax.strict_yaml import nearest
 from main_jax.weighting import Weighting
 
 COLUMNS = ("instruction", "response", "input", "messages", "id", "weight")
-"""What `seed_columns` and `responses_columns` may name."""
+"""What `seed_columns`, `responses_columns` and `eval_columns` may name."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,10 @@ class Data:
 
     seed_path: human-written pairs: a file, a glob or another source (`main_jax/data/sources.py`).
     responses_path: unlabelled responses, likewise.
-    seed_columns, responses_columns: our columns' names -> theirs, where they are not recognised.
+    eval_path: questions of your own with reference answers, likewise, which nothing is trained on: `evaluate`
+        measures the base and every arm on them.
+    seed_columns, responses_columns, eval_columns: our columns' names -> theirs, where they are not
+        recognised.
     seed_license, responses_license: as the hub names licences (apache-2.0); for the card of the result.
     validation_share: of the seed pairs, held out of every training.
     max_drop_share: of either file; above it the run refuses to go on.
@@ -39,8 +42,10 @@ class Data:
 
     seed_path: str | None = None
     responses_path: str | None = None
+    eval_path: str | None = None
     seed_columns: dict = field(default_factory=dict)
     responses_columns: dict = field(default_factory=dict)
+    eval_columns: dict = field(default_factory=dict)
     seed_license: str | None = None
     responses_license: str | None = None
     validation_share: float = 0.05
@@ -180,9 +185,15 @@ class Finetune(TrainingSettings):
 
 @dataclass(frozen=True)
 class Evaluate:
-    """What is measured at the end. sampling: for questions with a known answer."""
+    """What is measured at the end.
+
+    sampling: of the answers to questions with a known answer (greedy by default).
+    checker: how an answer is compared with the reference of `data.eval_path` (`main_jax/checker.py`); null:
+        only the reference's NLL is measured.
+    """
 
     sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=64))
+    checker: Literal["exact", "contains", "number"] | None = None
 
 
 @dataclass(frozen=True)
@@ -292,7 +303,7 @@ class Config:
         own |= {
             f"data.{k}": v for k, v in vars(self.data).items() if k.endswith(("_path", "_columns"))
         }
-        for key in ("data.seed_columns", "data.responses_columns"):
+        for key in ("data.seed_columns", "data.responses_columns", "data.eval_columns"):
             for ours, theirs in getattr(self.data, key.removeprefix("data.")).items():
                 if ours not in COLUMNS:
                     raise ValueError(f"{key}: unknown column {ours}{nearest(str(ours), COLUMNS)}")
@@ -303,6 +314,8 @@ class Config:
                 raise ValueError(
                     f"{key}: `world` takes the place of one's own files; set one of them"
                 )
+        if self.evaluate.checker and self.world is None and not self.data.eval_path:
+            raise ValueError("evaluate.checker compares with references: set data.eval_path")
         for key in ("align", "finetune"):
             if getattr(self, key).load_best_model_at_end and not self.data.validation_share:
                 raise ValueError(

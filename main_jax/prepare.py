@@ -26,7 +26,7 @@ from main_jax.score import hard_drop
 
 
 def prepare(run: Run, out: epath.Path) -> dict[str, int]:
-    """Writes the tables `seed`, `validation` (held-out seed pairs) and `responses`, and `example.txt`."""
+    """Writes the tables `seed`, `validation` (held-out seed pairs), `responses` and `eval`; `example.txt`."""
     try:
         counts = _prepare(run, out)
     except UserError:
@@ -50,8 +50,17 @@ def _prepare(run: Run, out: epath.Path) -> dict[str, int]:
         counts.update({f"{name}_skipped_{reason}": n for reason, n in skipped.items()})
         return found
 
+    def marked_questions(chunk: Sequence[dict], advance: Callable[[int], None]) -> list[dict]:
+        _mark(chunk, prompt, (Direction.FORWARD,))
+        return _in_columns(chunk, "eval")
+
+    if "eval" in run.sources:
+        rows = read("eval", read_pairs(run.sources["eval"]))
+        asked = pairs.map_chunks(rows, out / "data" / "eval", chunk_rows, marked_questions)
+        counts |= _check_drops(run, "eval", asked.column("drop_reason"))
+
     def marked_pairs(chunk: Sequence[dict], advance: Callable[[int], None]) -> list[dict]:
-        _mark(chunk, prompt, tuple(Direction))
+        _mark(chunk, prompt, list(Direction))
         for row in chunk:
             text = f"{pairs.joined_instruction(row)} {row['response']}"
             if not row["drop_reason"] and contaminated(text):
@@ -68,8 +77,8 @@ def _prepare(run: Run, out: epath.Path) -> dict[str, int]:
         raise UserError("data.validation_share leaves no seed pair to train on")
 
     def marked(chunk: Sequence[dict], advance: Callable[[int], None]) -> list[dict]:
-        # The instruction is yet to be written, so a response can only be too long by itself.
-        _mark(chunk, prompt, (Direction.FORWARD,))
+        # Without its instruction a response can only be too long by itself.
+        _mark(chunk, prompt, (Direction.FORWARD,), asked=False)
         for row in chunk:
             row["drop_reason"] = row["drop_reason"] or unwanted(row["response"])
         advance(len(chunk))
@@ -131,13 +140,14 @@ def _in_columns(rows: Sequence[dict], origin: str) -> list[dict]:
     return [{name: row.get(name) for name in pairs.COLUMNS} | of_all for row in rows]
 
 
-def _mark(rows: Sequence[dict], prompt: Prompt, directions: tuple[Direction, ...]) -> None:
-    """Sets `drop_reason` and `truncated` of every row."""
+def _mark(
+    rows: Sequence[dict], prompt: Prompt, directions: Sequence[Direction], asked: bool = True
+) -> None:
+    """Sets `drop_reason` and `truncated` of every row. Not `asked`: its instruction is yet to be written."""
     instructions = prompt.encode_all([pairs.joined_instruction(r) for r in rows])
     responses = prompt.encode_all([r.get("response") or "" for r in rows])
     for row, instruction, response in zip(rows, instructions, responses, strict=True):
-        both = len(directions) > 1
-        empty = hard_drop(row if both else row | {"instruction": "to be written"})
+        empty = hard_drop(row if asked else row | {"instruction": "to be written"})
         try:
             rendered = [prompt.render(d, instruction, response) for d in directions]
         except UserError as error:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 ANY_RESULT = ("compile_cache", "preemption_exit_code", "report_to")
 """Keys of `runtime` that no result depends on."""
 DATA = ("seed", "responses")
+"""The sources of every run; a user's may also have `eval`."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +88,15 @@ class Run:
 
     @cached_property
     def sources(self) -> dict[str, Source]:
-        """Where `seed` and `responses` come from: the world's files, else the user's. Raises UserError."""
+        """Where the rows come from: the world's files, else the user's. Raises UserError."""
         if self.world:
             files = {name: self.directory("world") / f"{name}.jsonl" for name in DATA}
             return {name: open_source(str(file)) for name, file in files.items()}
         given = vars(self.config.data)
         return {
             name: open_source(given[f"{name}_path"], f"data.{name}_path", given[f"{name}_columns"])
-            for name in DATA
+            for name in (*DATA, "eval")
+            if name in DATA or given["eval_path"]
         }
 
     @cached_property

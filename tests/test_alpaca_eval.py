@@ -10,6 +10,7 @@ from etils import epath
 from tiny_llama import make_tiny_llama
 
 from main_jax import tools
+from main_jax.cli import main
 from main_jax.data.files import Row, digest
 from main_jax.errors import UserError
 from main_jax.evaluation import alpaca_eval as module
@@ -208,3 +209,43 @@ def test_mistakes_are_said_before_the_work(model, questions, tmp_path, monkeypat
             alpaca_eval(*arguments, **HOW | how)
         assert "\n" not in str(error.value)
     assert not (tmp_path / "o.json").exists()
+
+
+def test_the_verb_writes_judges_and_judges_again(model, questions, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    output, reference = tmp_path / "mine.json", tmp_path / "theirs.json"
+    words = ["evaluate", "--model", model, "--template", "none", "--max-new-tokens", "5"]
+    assert main([*words, "--alpaca-eval", questions, "--output", str(output)]) == 0
+    alpaca_eval(model, questions, str(tmp_path / "same.json"), generator="tiny", **HOW)
+    assert json.loads(output.read_text()) == json.loads((tmp_path / "same.json").read_text())
+    rows = json.loads(output.read_text())
+    reference.write_text(json.dumps([row | {"output": "a longer one"} for row in rows]))
+    with stub(lambda a, b: "[[A]]" if a == "a longer one" else "[[B]]") as server:
+        judged = ["--judge-url", server.url, "--judge-model", "stub", "--reference", str(reference)]
+        assert main(["evaluate", "--output", str(output), *judged]) == 0
+        asked = len(server.asked)
+        assert main(["evaluate", "--output", str(output), *judged]) == 0
+        assert asked == len(server.asked) > 0
+        assert {key for _, key, _ in server.seen} == {"Bearer sk-secret"}
+    out, err = capfd.readouterr()
+    assert json.loads(output.with_suffix(".judged.json").read_text())["win_rate"] == 0
+    assert "win rate" in out and "sk-secret" not in out + err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--alpaca-eval", "q.json", "--model", "m", "--output", "o.json", "--tasks", "ifeval"),
+         "--tasks: does not go with --alpaca-eval"),
+        (("--model", "m", "--tasks", "ifeval", "--output", "o.json", "--arm", "none"),
+         "--arm: does not go with --tasks"),
+        (("--output", "o.json", "--judge-url", "http://x"), "--judge-model and --reference"),
+        (("--alpaca-eval", "q.json", "--output", "o.json"), "together with --model"),
+        (("--alpaca-eval", "q.json", "--model", "m"), "needs --output"),
+        (("--model", "m", "--tasks", "ifeval"), "or --output"),
+    ],
+)  # fmt: skip
+def test_options_that_do_not_go_together(words, said, capsys):
+    assert main(["evaluate", *words]) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1

@@ -25,6 +25,7 @@ CHOSEN: dict[str, Any] = {  # where a value of the right type is not enough
     "clean.drop_patterns": ["cookie"],
     "data.seed_columns": {"instruction": "question"},
     "data.responses_columns": {"response": "body"},
+    "data.eval_columns": {"response": "gold"},
 }
 
 
@@ -70,6 +71,7 @@ def beside(key: str) -> list[str]:
     return {
         "load_best_model_at_end": best,
         "early_stopping_patience": [*best, f"--{section}.load_best_model_at_end=true"],
+        "checker": ["--data.eval_path=questions.jsonl"],
     }.get(name, [])
 
 
@@ -122,7 +124,7 @@ def test_keep_best_needs_held_out_pairs(tmp_path):
         line = refusal(tmp_path, keys, "--data.validation_share", "0")
         assert f"{section}.load_best_model_at_end" in line and "data.validation_share" in line
     line = refusal(tmp_path, "world: {pretraining: {load_best_model_at_end: true, eval_steps: 5}}")
-    assert f"{ALWAYS_REFUSED}: nothing" in line
+    assert f"{ALWAYS_REFUSED[0]}: nothing" in line
 
 
 @pytest.mark.parametrize("key", [key for key in KEYS if key not in ALWAYS_REFUSED])

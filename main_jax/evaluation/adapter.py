@@ -55,7 +55,7 @@ class HarnessModel(TemplateLM):
 
     Args:
         checkpoint: the model folder, opened.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer, which has an end token.
         folder: where calls are kept, see `Calls`.
         max_length: tokens that the model sees at once, continuation included.
         tokens_per_batch: padded tokens of a scored batch.
@@ -141,14 +141,18 @@ class HarnessModel(TemplateLM):
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(nats, whether greedy decoding gives it) of each continuation after its context."""
         rows = [dict(zip(("context", "continuation"), r.args, strict=True)) for r in requests]
-        found = self._ask("loglikelihood", rows, lambda row: (-len(row["context"]), row["context"]))
-        return [(row["log_likelihood"], row["is_greedy"]) for row in found]
+        return self._ask(
+            "loglikelihood", rows, lambda row: (-len(row["context"]), row["context"]),
+            "log_likelihood", "is_greedy",
+        )  # fmt: skip
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
         """Nats of each whole text, in windows of `max_length` that follow one another."""
         rows = [{"text": request.args[0]} for request in requests]
-        found = self._ask("loglikelihood_rolling", rows, lambda row: -len(row["text"]))
-        return [row["log_likelihood"] for row in found]
+        found = self._ask(
+            "loglikelihood_rolling", rows, lambda row: -len(row["text"]), "log_likelihood"
+        )
+        return [nats for (nats,) in found]
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         """What follows each context, up to where its `until` says."""
@@ -161,23 +165,27 @@ class HarnessModel(TemplateLM):
             rows.append(row | {"sample": f"{name}-{repeats[name]}"})
             repeats[name] += 1
         found = self._ask(
-            "generate_until", rows, lambda row: (row["arguments"], -len(row["context"]))
+            "generate_until", rows, lambda row: (row["arguments"], -len(row["context"])), "text"
         )
-        return [row["text"] for row in found]
+        return [text for (text,) in found]
 
-    def _ask(self, kind: str, rows: list[dict], place: Callable[[dict], Any]) -> list[dict]:
-        """The answers in the requests' order; they are worked on in that of `place`, long ones first.
+    def _ask(
+        self, kind: str, rows: list[dict], place: Callable[[dict], Any], *names: str
+    ) -> list[tuple]:
+        """These columns of the answers, in the requests' order.
 
-        So rows of a chunk have about one length, and those with the same context are together.
+        They are worked on in the order of `place`, long ones first: rows of a chunk have about one length,
+        and those with the same context are together.
         """
         order = sorted(range(len(rows)), key=lambda i: place(rows[i]))
         answers = self.calls.ask(kind, [rows[i] for i in order])
-        found = dict(zip(order, answers, strict=True))
-        if cut := sum(row["truncated"] for row in found.values()):
+        if cut := sum(answers.column("truncated")):
             say(
                 f"{kind}: {cut:,} of {len(rows):,} requests do not fit {self.max_length} tokens and lost "
                 "their beginning"
             )
+        columns = zip(*map(answers.column, names), strict=True)
+        found = dict(zip(order, columns, strict=True))
         return [found[i] for i in range(len(rows))]
 
     # ---------------------------------------------------------------------------- what is answered
@@ -242,7 +250,7 @@ class HarnessModel(TemplateLM):
 
     def _new_plan(self, asked: dict[str, Any]) -> Plan:
         given: dict[str, Any] = dict(normalize_gen_kwargs(asked, self.max_gen_toks))
-        eos = None if self.eot_token_id is None else self.tokenizer.decode(self.eot_token_id)
+        eos = self.tokenizer.decode(self.eot_token_id)
         until = handle_stop_sequences(given.pop("until"), eos=eos)
         new, sampled = given.pop("max_gen_toks"), given.pop("do_sample")
         temperature = float(given.pop("temperature", 0)) * bool(sampled)
@@ -263,7 +271,7 @@ class HarnessModel(TemplateLM):
             sampling = Sampling(new, temperature, top_p, top_k)
         except ValueError as error:
             raise UserError(f"generation_kwargs: {error}") from None
-        stops = {*hf.stop_ids(self._path), *([] if eos is None else [self.eot_token_id])}
+        stops = {self.eot_token_id, *hf.stop_ids(self._path)}
         for text in until:  # where one token is the string, the model need not run on
             ids = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
             if len(ids) == 1 and self.tokenizer.decode(ids) == text:

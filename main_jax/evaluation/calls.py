@@ -40,20 +40,22 @@ class Calls:
     """
 
     def __init__(self, folder: epath.PathLike, work: Mapping[str, tuple[Answer, int]]):
-        self.folder, self.work, self.asked = epath.Path(folder), work, 0
+        self.folder, self.work = epath.Path(folder), work
+        self.asked, self._answering = 0, False
 
     def lead(self, work: Callable[[], Any]) -> Any:
-        """Process 0: what `work` returns. Its mistakes end the other processes too."""
+        """Process 0: what `work` returns. What fails there, between calls, ends the others too."""
         try:
             found = work()
-        except UserError as error:
-            _tell({"error": str(error)[:1000]})
+        except Exception as error:
+            if not self._answering:  # else the others are at work, and do not listen
+                _tell({"error": str(error)[:1000]})
             raise
         _tell({})
         return found
 
     def serve(self) -> None:
-        """The other processes: answer until process 0 is done. Raises its UserError."""
+        """The other processes: answer until process 0 is done. Raises UserError where that has failed."""
         while "kind" in (told := _tell()):
             self._answer(told["kind"], told["name"], ())
         if "error" in told:
@@ -70,10 +72,13 @@ class Calls:
         return self._answer(kind, name, rows)
 
     def _answer(self, kind: str, name: str, rows: Sequence[dict]) -> Rows:
+        self._answering = True
         function, chunk_rows = self.work[kind]
         folder = self.folder / name
         requests = stage_rows(rows, folder / "requests", ROWS_OF_A_FILE, {})
-        return map_chunks(requests, folder, chunk_rows, function, kind, "requests")
+        answers = map_chunks(requests, folder, chunk_rows, function, kind, "requests")
+        self._answering = False
+        return answers
 
 
 def _tell(message: dict | None = None) -> dict:

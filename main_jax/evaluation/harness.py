@@ -29,7 +29,6 @@ from main_jax.evaluation.published import published
 from main_jax.hub import find_model
 from main_jax.lm.multihost import first
 from main_jax.lm.progress import say
-from main_jax.lm.tokenizer import load_tokenizer
 from main_jax.models import open_checkpoint
 from main_jax.run import versions
 from main_jax.tools import _partial
@@ -70,12 +69,8 @@ def evaluate_model(
         raise UserError(f"--output: {output}: expected a file whose name ends in .json")
     check_output(Path(output).parent, "--output")
     checkpoint = open_checkpoint(find_model(model_folder(model), "--model"), Runtime())
-    positions = checkpoint.decoder.config.max_position_embeddings
-    if (max_length or 1) > positions:
-        raise UserError(f"--max-length {max_length}: the model has {positions} positions")
-    tokenizer = load_tokenizer(checkpoint.path)
-    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-        raise UserError(f"--model: {model}: the tokenizer has neither a bos nor an eos token")
+    max_length = max_length or checkpoint.decoder.config.max_position_embeddings
+    tokenizer = checkpoint.prompt("none", max_length).tokenizer  # and that it belongs to the model
     if apply_chat_template and not tokenizer.chat_template:
         raise UserError("--apply-chat-template: the model's tokenizer has no chat template")
     seeds = SEEDS if random_seed is None else dict.fromkeys(SEEDS, random_seed)
@@ -85,7 +80,7 @@ def evaluate_model(
     facts = settings | {"model": digest(epath.Path(checkpoint.path))}
     with _partial(output, facts) as folder:
         lm = HarnessModel(
-            checkpoint, tokenizer, folder, max_length=max_length or positions,
+            checkpoint, tokenizer, folder, max_length=max_length,
             tokens_per_batch=tokens_per_batch, batch_size=batch_size, seed=seeds["sampling"],
         )  # fmt: skip
 
@@ -109,7 +104,7 @@ def evaluate_model(
             lm.calls.serve()
             return
         found = lm.calls.lead(run)
-        how = settings | {"model": model, "max_length": lm.max_length, "seeds": seeds}
+        how = settings | {"model": model, "max_length": max_length, "seeds": seeds}
         _write(output, found, how)
     print(show(found))
     say(f"{output}: written")

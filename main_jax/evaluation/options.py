@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from main_jax import processes
 from main_jax.errors import UserError
 
-NAMES = (
+HARNESS = (
     "model", "tasks", "output", "num_fewshot", "limit", "apply_chat_template",
     "fewshot_as_multiturn", "system_instruction", "include_path", "ifeval_prompts", "max_length",
     "tokens_per_batch", "batch_size", "random_seed", "log_samples",
 )  # fmt: skip
+SHARED = ("model", "output", "batch_size", "random_seed")
+ALPACA = (
+    "alpaca_eval", "generator", "template", "arm", "max_new_tokens", "temperature", "top_p", "top_k",
+    "reference", "judge_url", "judge_model", "judge_key_env", "judge_prompt", "judge_parameters",
+    "judge_concurrency",
+)  # fmt: skip
+NAMES = (*HARNESS, *ALPACA)
 """None where they are not given: they do not belong to a run's stage."""
+EVALUATIONS = "evaluations"
+"""Folder in a run's directory for what is measured of it afterwards; its page shows what is there."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +53,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "task files",
         metavar="TASKS",
     )
-    add("--output", "JSON: every result, and how it was measured", metavar="FILE")
+    add("--output", "JSON: every result, and how it was measured; default for a RUN: in its evaluations/",
+        metavar="FILE")  # fmt: skip
     add(
         "--num-fewshot",
         "examples in the prompt; default: the task's",
@@ -69,6 +83,39 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--log-samples", "also write every prompt and answer, beside FILE", action="store_true")
 
 
+def add_alpaca_options(parser: argparse.ArgumentParser) -> None:
+    """The group "AlpacaEval"; it shares --model, --output, --batch-size and --random-seed."""
+    parser.epilog = f"{parser.epilog}\n  {parser.prog} --model runs/own --alpaca-eval alpaca_eval.json --output mine.json"
+    group = parser.add_argument_group(
+        "a model, by AlpacaEval",
+        "Writes the outputs that judges read; asks a judge only where --judge-url is given, with the key in "
+        "OPENAI_API_KEY. What is stopped continues with the same command.",
+    )
+
+    def add(name: str, text: str, **how: Any) -> None:
+        group.add_argument(name, default=None, help=text, **how)
+
+    add("--alpaca-eval", "instructions: AlpacaEval's JSON list, or any source", metavar="QUESTIONS")
+    add(
+        "--generator",
+        "what the outputs' author is called; default: the model's name",
+        metavar="NAME",
+    )
+    add("--template", "default: the run's, else auto; auto, chat, plain, none or a YAML file")
+    add("--arm", "of a run; default: the configured filter's", metavar="ARM")
+    add("--max-new-tokens", "of an output (1024)", type=processes.positive, metavar="N")
+    add("--temperature", "0, the default, is greedy", type=float)
+    add("--top-p", "default: 1", type=float)
+    add("--top-k", "default: 0, off", type=int)
+    add("--reference", "outputs to the same instructions, to compare with", metavar="FILE")
+    add("--judge-url", "an OpenAI-compatible endpoint, https://HOST/v1", metavar="URL")
+    add("--judge-model", "a name that it knows", metavar="NAME")
+    add("--judge-key-env", "environment variable with the key (OPENAI_API_KEY)", metavar="NAME")
+    add("--judge-prompt", "text in place of ours, see docs/alpaca-eval.md", metavar="FILE")
+    add("--judge-parameters", 'of every request, over {"temperature": 0}', metavar="JSON")
+    add("--judge-concurrency", "requests at once (8)", type=processes.positive, metavar="N")
+
+
 def _limit(text: str) -> float:
     try:
         value = float(text)
@@ -81,9 +128,47 @@ def _limit(text: str) -> float:
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What `harness.evaluate_model` is called with. Raises UserError for what lacks."""
-    given = {name: getattr(arguments, name) for name in NAMES}
+    given = _given(arguments, HARNESS, ALPACA, "--tasks")
+    if "tasks" in given and "model" in given:
+        given.setdefault("output", _in_run(given["model"], given["tasks"]))
     for name in ("model", "tasks", "output"):
-        if not given[name]:
+        if not given.get(name):
             raise UserError(f"evaluate needs CONFIG, or --{name} (see main-jax evaluate --help)")
     given["tasks"] = [name.strip() for name in given["tasks"].split(",") if name.strip()]
-    return {name: value for name, value in given.items() if value is not None}
+    return given
+
+
+def alpaca_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What is given of the AlpacaEval options. Raises UserError for what lacks."""
+    given = _given(arguments, (*ALPACA, *SHARED), HARNESS, "--alpaca-eval")
+    judging = any(name.startswith("judge_") or name == "reference" for name in given)
+    if judging and not {"judge_url", "judge_model", "reference"} <= given.keys():
+        raise UserError("judging needs --judge-url, --judge-model and --reference")
+    if "alpaca_eval" in given and "model" in given:
+        given.setdefault("output", _in_run(given["model"], "alpaca_eval"))
+    if not given.get("output") or ("alpaca_eval" in given) != ("model" in given):
+        raise UserError("AlpacaEval needs --output, and --alpaca-eval together with --model")
+    return given
+
+
+def by_alpaca_eval(arguments: argparse.Namespace) -> bool:
+    """Whether AlpacaEval is asked for, or the judging of its outputs."""
+    return bool(arguments.alpaca_eval or arguments.judge_url or arguments.reference)
+
+
+def _given(
+    arguments: argparse.Namespace, ours: Sequence[str], others: Sequence[str], key: str
+) -> dict[str, Any]:
+    for name in others:
+        if name not in ours and getattr(arguments, name) is not None:
+            raise UserError(f"{processes.option(name)}: does not go with {key}")
+    return {n: value for n in ours if (value := getattr(arguments, n)) is not None}
+
+
+def _in_run(model: str, name: str) -> str | None:
+    """Where the results of a run's model stand, if it is one."""
+    folder = epath.Path(model).expanduser()
+    if not (folder / "config.yaml").exists():
+        return None
+    stems = [Path(word.strip()).stem for word in name.split(",") if word.strip()]
+    return str(folder / EVALUATIONS / f"{'-'.join(stems)}.json")

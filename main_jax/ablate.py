@@ -75,19 +75,25 @@ def ablate(
     out = epath.Path(config.output_dir).expanduser()
     found: dict[str, dict[int, dict[str, Any]]] = {}
     numbers = range(config.seed, config.seed + seeds)
-    for number in numbers:
-        folder, first = out / f"seed-{number}", None
-        for variant in variants(rounds, weightings):
-            say(f"seed {number}, {variant}:")
-            path = folder / str(variant)
-            first = first or str(variant)
-            if str(variant) != first:
-                share(path, SHARED, f"../{first}")
-            run = pipeline.open_run(_config(config, variant, arms, number, path))
-            for stage in run.stages:
-                if stage != "export":
-                    pipeline.execute(run, stage)
-            found.setdefault(str(variant), {})[number] = _figures(run)
+    compared = variants(rounds, weightings)
+    planned = [
+        (
+            number,
+            variant,
+            _config(config, variant, arms, number, out / f"seed-{number}" / str(variant)),
+        )
+        for number in numbers
+        for variant in compared
+    ]
+    for number, variant, of_run in planned:
+        say(f"seed {number}, {variant}:")
+        if variant != compared[0]:
+            share(epath.Path(of_run.output_dir), SHARED, f"../{compared[0]}")
+        run = pipeline.open_run(of_run)
+        for stage in run.stages:
+            if stage != "export":
+                pipeline.execute(run, stage)
+        found.setdefault(str(variant), {})[number] = _figures(run)
     results = {
         "filters": list(filters), "rounds": list(rounds), "weightings": list(weightings),
         "seeds": list(numbers), "by": _by(config, filters), "config": config.as_dict(),

@@ -129,7 +129,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="instruction and response: JSONL, Parquet, CSV, hf:NAME, ...",
     )
     score.add_argument(
-        "--output", metavar="FILE", help="JSONL or Parquet: the same rows, with scores"
+        "--output",
+        metavar="FILE",
+        help="JSONL or Parquet: the same rows, with scores; a page beside it",
     )
     _add_columns(score)
     score.add_argument("--template", help="auto (default), chat, plain, none or a YAML file")
@@ -144,7 +146,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--self-curation", action="store_true", default=None,
         help="the forward model also grades every pair from 1 to 5, for filter --by self_curation",
     )  # fmt: skip
-    score.add_argument("--curation-prompt", metavar="FILE", help="text in place of ours that asks for it")
+    score.add_argument(
+        "--curation-prompt", metavar="FILE", help="text in place of ours that asks for it"
+    )
     processes.add_options(score)
 
     generate = verb(

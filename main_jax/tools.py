@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -23,12 +22,12 @@ from etils import epath
 from main_jax import pairs
 from main_jax.augment import complete
 from main_jax.checks import check_output, check_room
-from main_jax.config import Runtime
+from main_jax.config import COLUMNS, Runtime
 from main_jax.data.files import Row, digest
 from main_jax.data.reading import read_instructions, read_pairs, read_responses, staged
 from main_jax.data.sources import Source, open_source
 from main_jax.errors import UserError
-from main_jax.filter import MEASURED, score_columns, with_filter
+from main_jax.filter import MEASURED, READ, score_columns, with_filter
 from main_jax.hub import find_model
 from main_jax.lm.generate import Sampling
 from main_jax.lm.multihost import barrier, first
@@ -36,7 +35,10 @@ from main_jax.lm.progress import say
 from main_jax.lm.sharding import MeshShape, use_mesh
 from main_jax.models import Checkpoint, open_checkpoint
 from main_jax.prompts import Direction, resolve_template
+from main_jax.report.scores import Scorer, refresh_page
 from main_jax.score import score_rows
+from main_jax.self_curation import Curator, read_prompt
+from main_jax.strict_yaml import nearest
 
 CHUNK_ROWS = 1024
 Types = dict[str, pa.DataType]
@@ -54,16 +56,22 @@ def score_file(
     max_length: int | None = None,
     excess_length_strategy: str = "drop",
     tokens_per_batch: int = 8192,
+    self_curation: bool = False,
+    curation_prompt: str | None = None,
     seed: int = 0,
     show_example: bool = False,
+    columns: str | None = None,
 ) -> None:
-    """Writes `data` with the NLLs in both directions and every filter score.
+    """Writes `data` with the NLLs in both directions and every filter score, and a page of them beside it.
 
-    The user's other columns stay. Without `reverse_model` the forward model serves both directions.
+    The user's other columns stay. Without `reverse_model` the forward model serves both directions. With
+    `self_curation` it also grades every pair, asked as the file `curation_prompt` does, or as we do.
     Raises UserError, one line; also when no row could be scored (the output is there all the same).
     """
-    source, output = _open_both(data, "--data", output)
+    source, output = _open_both(data, "--data", output, columns)
     resolve_template(template)
+    asking = read_prompt(curation_prompt) if self_curation or curation_prompt else None
+    named = (forward_model, reverse_model or forward_model)
     forward_model = find_model(forward_model, "--forward-model")
     if reverse_model is not None:
         reverse_model = find_model(reverse_model, "--reverse-model")
@@ -75,21 +83,23 @@ def score_file(
     for path, checkpoint in opened.items():
         limit = max_length or min(2048, checkpoint.decoder.config.max_position_embeddings)
         templates[path] = checkpoint.prompt(template, limit, excess_length_strategy)
-    theirs = _their_columns(output, source)  # better now than after the work
+    given = _as_given(source)
+    theirs = _their_columns(output, given)  # better now than after the work
     check_room(output, 6 * (source.size_bytes() or 0) + 1_000_000, "the output")
     model = cache(lambda path: opened[path].model())
+    curator = Curator(templates[forward_model], asking) if asking else None
 
     def score_chunk(chunk: Sequence[dict], advance: Callable[[int], None]) -> list[dict]:
         with use_mesh(MeshShape(), local=True):
             forward, reverse = ((model(path), templates[path]) for path in paths)
-            scored = score_rows(chunk, forward, reverse, tokens_per_batch)
+            scored = score_rows(chunk, forward, reverse, tokens_per_batch, curator)
         advance(len(chunk))
         return [{k: row.get(k) for k in pairs.COLUMNS} for row in scored]
 
     settings = {
         "models": [digest(epath.Path(path)) for path in paths], "data": source.fingerprint(),
-        "template": template, "max_length": max_length, "excess": excess_length_strategy,
-        "tokens_per_batch": tokens_per_batch,
+        "columns": source.columns, "template": template, "max_length": max_length,
+        "excess": excess_length_strategy, "tokens_per_batch": tokens_per_batch, "curation": asking,
     }  # fmt: skip
     with _partial(output, settings) as folder:
         rows = _staged(source, read_pairs(source), folder)
@@ -101,13 +111,19 @@ def score_file(
         scored = pairs.map_chunks(
             rows, folder / "scored", CHUNK_ROWS, score_chunk, "score", "pairs"
         )
-        table = pairs.read_parts(folder / "scored", MEASURED)
+        table = pairs.read_parts(folder / "scored", READ)
         scores = score_columns(table, seed)
-        _write(output, *_scored(source, scored, scores, theirs))
+        _write(output, *_scored(given, scored, scores, theirs))
+        page = None
+        if first():
+            with_what = zip(Direction, named, paths, strict=True)
+            scorers = {d: Scorer(name, template, templates[path]) for d, name, path in with_what}
+            page = refresh_page(output, folder / "scored", data, scorers, seed)
     dropped = table["forward_nll_sum"].null_count
     if dropped == len(table):
         raise UserError(f"{source}: no row could be scored; {output} says why (drop_reason)")
-    say(f"{output}: {len(table):,} rows, {dropped:,} of them without scores (see drop_reason)")
+    shown = f"; see {page}" if page else ""
+    say(f"{output}: {len(table):,} rows, {dropped:,} of them without scores (drop_reason){shown}")
 
 
 def _scored(
@@ -166,14 +182,14 @@ def filter_file(
 
 def _measured(source: Source) -> pa.Table:
     """What a filter needs of a scored file. Raises UserError for a value that no scorer writes."""
-    columns: dict[str, list] = {name: [] for name in MEASURED}
+    columns: dict[str, list] = {name: [] for name in READ}
     for row in source:
         scored = _number(row, "forward_nll_sum", float) is not None
         for name, column in columns.items():
             if pairs.COLUMNS[name] != pa.string():
                 kind = int if name.endswith("_tokens") else float
                 value = _number(row, name, kind)
-                if scored and value is None:
+                if scored and value is None and name != "rating":
                     raise UserError(f"{row}, {name}: expected a number, as forward_nll_sum is one")
             else:
                 value = row.values.get(name)
@@ -206,13 +222,14 @@ def generate_file(
     sampling: Sampling,
     seed: int = 0,
     batch_size: int = 32,
+    columns: str | None = None,
 ) -> None:
     """Writes the rows of `prompts` with `completion` and `finish_reason`.
 
     A prompt longer than `max_position_embeddings − max_new_tokens` has a null completion and the finish
     reason `too_long`, an empty one `empty_instruction` or `empty_response`. Raises UserError, one line.
     """
-    source, output = _open_both(prompts, "--prompts", output)
+    source, output = _open_both(prompts, "--prompts", output, columns)
     resolve_template(template)
     checkpoint = open_checkpoint(find_model(model, "--model"), Runtime())
     positions = checkpoint.decoder.config.max_position_embeddings
@@ -223,7 +240,8 @@ def generate_file(
         )
     prompt = checkpoint.prompt(template, positions)
     forward = direction is Direction.FORWARD
-    theirs = _their_columns(output, source)  # better now than after the work
+    given = _as_given(source)
+    theirs = _their_columns(output, given)  # better now than after the work
     check_room(output, 6 * (source.size_bytes() or 0) + 1_000_000, "the output")
     load = cache(checkpoint.model)
 
@@ -237,8 +255,8 @@ def generate_file(
 
     settings = {
         "model": digest(epath.Path(checkpoint.path)), "prompts": source.fingerprint(),
-        "template": template, "direction": direction, "sampling": dataclasses.asdict(sampling),
-        "seed": seed, "batch_size": batch_size,
+        "columns": source.columns, "template": template, "direction": direction,
+        "sampling": dataclasses.asdict(sampling), "seed": seed, "batch_size": batch_size,
     }  # fmt: skip
     with _partial(output, settings) as folder:
         read = read_instructions if forward else read_responses
@@ -247,7 +265,7 @@ def generate_file(
         new = {"completion": pa.string(), "finish_reason": pa.string()}
         answered = (
             raw.values | {name: row[name] for name in new}
-            for raw, row in zip(source, written, strict=True)
+            for raw, row in zip(given, written, strict=True)
         )
         _write(output, answered, theirs | new)
     say(f"{output}: {len(written):,} rows")
@@ -311,12 +329,30 @@ def _write(output: str, rows: Iterator[dict], columns: Types) -> None:
     pairs.write_rows(output, rows, schema)
 
 
-def _open_both(data: str, key: str, output: str) -> tuple[Source, str]:
+def _open_both(data: str, key: str, output: str, columns: str | None = None) -> tuple[Source, str]:
     """First the files: a model may have to be fetched, which takes long."""
-    source, output = open_source(data, key), str(epath.Path(output).expanduser())
-    if Path(output).is_dir():
-        raise UserError(f"--output: {output}: is a directory, expected a .jsonl or .parquet file")
-    if Path(output).suffix not in (".jsonl", ".parquet"):
-        raise UserError(f"--output: {output}: expected a name that ends in .jsonl or .parquet")
-    check_output(Path(output).parent, "--output")
-    return source, output
+    source, path = open_source(data, key, _mapping(columns)), epath.Path(output).expanduser()
+    if path.is_dir():
+        raise UserError(f"--output: {path}: is a directory, expected a .jsonl or .parquet file")
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise UserError(f"--output: {path}: expected a name that ends in .jsonl or .parquet")
+    check_output(path.parent, "--output")
+    return source, str(path)
+
+
+def _mapping(columns: str | None) -> dict[str, str]:
+    """`instruction=prompt,response=completion`: our columns' names -> theirs. Raises UserError."""
+    found: dict[str, str] = {}
+    for pair in columns.split(",") if columns else ():
+        ours, _, theirs = (part.strip() for part in pair.partition("="))
+        if ours not in COLUMNS:
+            raise UserError(f"--columns: unknown column {ours}{nearest(ours, COLUMNS)}")
+        if not theirs or ours in found:
+            raise UserError(f"--columns: {ours}: expected it once, as {ours}=THEIRS")
+        found[ours] = theirs
+    return found
+
+
+def _as_given(source: Source) -> Source:
+    """The same rows with the user's own names of columns; what an extraction makes has them no more."""
+    return source if source.rules else dataclasses.replace(source, columns={})

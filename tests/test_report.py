@@ -6,13 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import yaml
+from pages import HOSTILE, LIMIT, Page, check_in_browser, check_self_contained, open_browser
 from test_kill import SHORT
 
 from main_jax.cli import main
@@ -21,65 +21,18 @@ from main_jax.pairs import table_of, write_table
 from main_jax.pipeline import existing_run
 from main_jax.report import charts, page
 from main_jax.report.files import LINE_POINTS, metrics
-from main_jax.report.page import POINTS, clock, refresh_report, write_report
+from main_jax.report.html import clock
+from main_jax.report.page import refresh_report, write_report
+from main_jax.report.pool import POINTS
 
 ROOT = Path(__file__).parent.parent
 TOOL = Path(sys.executable).with_name("main-jax")
-LIMIT = 5_000_000
 STAGES = ("prepare", "align", "augment", "score", "filter", "finetune", "evaluate")
-HOSTILE = (
-    "<script>alert('x')</script><img src=http://evil.example/a.png onerror=alert(1)> & \"it\" "
-    "\x00\u202e"
-)
 CONFIG = {
     "model_name_or_path": "some/<b>model</b>", "seed": 3, "align": {"rounds": 1},
     "filter": {"by": "mutual", "select": "fraction", "keep": 0.5},
     "finetune": {"arms": ["none", "mutual"]},
 }  # fmt: skip
-
-
-class Page(HTMLParser):
-    """What a browser would make of the page: elements, their attributes, texts by id, tables by id."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.tags, self.attributes, self.texts, self.tables = [], [], {}, {}
-        self._open, self._table, self._cell, self._style = [], [], False, False
-        self.style = self.text = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, k, v or "") for k, v in attrs]
-        self._style = tag == "style"
-        name = dict(attrs).get("id")
-        if tag == "table":
-            self._table = self.tables.setdefault(name, [])
-        elif tag == "tr":
-            self._table.append([])
-        elif tag in ("td", "th"):
-            self._table[-1].append("")
-            self._cell = True
-        elif name:
-            self._open.append((tag, name))
-            self.texts[name] = ""
-
-    def handle_endtag(self, tag):
-        self._style = False
-        if tag in ("td", "th"):
-            self._cell = False
-        if self._open and self._open[-1][0] == tag:
-            self._open.pop()
-
-    def handle_data(self, data):
-        if self._style:
-            self.style += data
-            return
-        self.text += data
-        for _, name in self._open:
-            self.texts[name] += data
-        if self._cell:
-            self._table[-1][-1] += data.strip()
 
 
 def make_run(folder: Path, rows: list[dict], until: str = "evaluate", config=CONFIG) -> Path:
@@ -113,16 +66,28 @@ def make_run(folder: Path, rows: list[dict], until: str = "evaluate", config=CON
             for arm in ("none", "mutual"):
                 log(directory / arm, steps=5)
         else:
-            nll = {"none": 2.25, "mutual": 1.5}
             arms = {
-                a: {"kept_pairs": 1, "validation_nll_nats_per_token": v} for a, v in nll.items()
+                "none": {"kept_pairs": 6} | held_out(2.25, base=-0.75),
+                "mutual": {"kept_pairs": 3} | held_out(1.5, base=-1.5),
             }
             results = {
-                "arms": arms, "base": {"validation_nll_nats_per_token": 3.0},
+                "arms": arms, "base": held_out(3.0),
                 "pairs": {"seed": 9, "validation": 1, "augmented": len(rows)},
             }  # fmt: skip
             (directory / "results.json").write_text(json.dumps(results))
     return folder
+
+
+def held_out(nll: float, half: float = 0.25, **minus: float) -> dict:
+    """A model's figures as `evaluate` writes them, each with an interval of twice `half`."""
+    found = {
+        "validation_nll_nats_per_token": nll, "interval_nats_per_token": [nll - half, nll + half]
+    }  # fmt: skip
+    differences = {
+        other: {"nats_per_token": d, "interval_nats_per_token": [d - half / 2, d + half / 2]}
+        for other, d in minus.items()
+    }
+    return found | ({"difference_to": differences} if minus else {})
 
 
 def log(directory: Path, steps: int, aligned: bool = False) -> None:
@@ -200,9 +165,12 @@ def test_figures_are_those_worked_out_by_hand(tmp_path, rows):
         "Seed pairs: 10 read, 2 dropped as too_long, 1 held out, 7 for training. "
         "The final set is 10 pairs"
     )
-    assert page.tables["arms-table"][1:] == [
-        ["base", "–", "3"], ["none", "6", "2.25"], ["mutual", "3", "1.5"]
-    ]  # fmt: skip
+    assert page.tables["arms-table"] == [  # a value with its interval under it
+        ["model", "kept pairs", "held-out NLL, nats per token", "minus base"],
+        ["base", "–", "3.00002.7500 to 3.2500", "–"],
+        ["none", "6", "2.25002.0000 to 2.5000", "-0.7500-0.8750 to -0.6250"],
+        ["mutual", "3", "1.50001.2500 to 1.7500", "-1.5000-1.6250 to -1.3750"],
+    ]
     assert "6 scored pairs; lower is better, and the 3 on the left" in page.text
     assert "keeps ≤ 0.4375" in page.text
     assert "keeps ≥ 0.6875" in page.text  # the third best ifd: 0.875, 0.75, 0.6875
@@ -220,6 +188,31 @@ def test_figures_are_those_worked_out_by_hand(tmp_path, rows):
         assert level in page.text
 
 
+def test_arms_beside_the_seed_alone_and_without_intervals(tmp_path, rows):
+    run = make_run(tmp_path / "run", rows)
+    file = run / "stages/07-evaluate/results.json"
+    results = json.loads(file.read_text())
+    results["arms"] = {
+        "seed_only": {"kept_pairs": 0} | held_out(2.0, base=-1.0),
+        "mutual": {"kept_pairs": 3} | held_out(1.5, base=-1.5, seed_only=-0.5),
+    }
+    file.write_text(json.dumps(results))
+    page = read(run)
+    assert page.tables["arms-table"][0][3:] == ["minus base", "minus seed_only"]
+    assert page.tables["arms-table"][2][3:] == ["-1.0000-1.1250 to -0.8750", "–"]
+    assert page.tables["arms-table"][3][4] == "-0.5000-0.6250 to -0.3750"
+    assert "Difference to seed_only, pair by pair" in page.text
+    assert "mutual, held-out NLL: -0.5" in page.text  # the point, on its axis with 0
+    # As older versions wrote them, and where nothing was held out.
+    for nll, shown in ((1.5, "1.5000"), (None, "–")):
+        old = {"validation_nll_nats_per_token": nll}
+        results |= {"base": old, "arms": {"mutual": {"kept_pairs": 3} | old}}
+        file.write_text(json.dumps(results))
+        page = read(run)
+        assert page.tables["arms-table"][1:] == [["base", "–", shown], ["mutual", "3", shown]]
+        assert "No spread is recorded" in page.text and "pair by pair" not in page.text
+
+
 def test_texts_cannot_become_markup(tmp_path, rows):
     html = write_report(make_run(tmp_path / "run", rows)).read_text()
     page = Page(html)
@@ -231,16 +224,6 @@ def test_texts_cannot_become_markup(tmp_path, rows):
     assert "some/<b>model</b>" in page.text and "b" in page.tags
     assert not [a for _, a, _ in page.attributes if a.startswith("on")]
     assert "\x00" not in html and "\u202e" not in html
-
-
-def check_self_contained(page: Page) -> None:
-    for _, name, value in page.attributes:
-        if name in ("src", "href", "srcset", "action", "data", "poster", "xlink:href"):
-            assert value == "data:," or value.startswith("#"), value
-    assert "url(" not in page.style and "@import" not in page.style
-    assert not {"script", "iframe", "object", "embed", "form", "base"} & set(page.tags)
-    policy = next(v for t, k, v in page.attributes if t == "meta" and v.startswith("default-src"))
-    assert policy.startswith("default-src 'none'") and "script" not in policy
 
 
 def test_self_contained_and_made_for_a_phone(tmp_path, rows):
@@ -382,7 +365,7 @@ def test_two_hundred_thousand_rows(tmp_path, rows):
     assert page.texts["kept"] == f"{kept.sum():,}"
     assert float(page.texts["cut"]) == pytest.approx(score[kept].max(), rel=1e-3)
     assert f"A seeded sample of {POINTS:,} of 200,000 pairs" in page.text
-    assert page.tags.count("circle") == POINTS + 3  # and the models of the result
+    assert page.tags.count("circle") == POINTS + 3 + 2  # and the models of the result, twice
     best = int(np.argmin(score))
     assert f"{best} done" in page.text and "<b>long long" in page.text
 
@@ -428,63 +411,8 @@ def test_numbers_for_people():
 
 @pytest.fixture(scope="module")
 def browser():
-    """Chromium, headless: the one on PATH, else playwright's own."""
-    required = os.environ.get("REQUIRE_BROWSER")  # continuous integration: no browser is a failure
-    refuse = pytest.fail if required else pytest.skip
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        refuse("no playwright: pip install playwright")
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-    with sync_playwright() as playwright:
-        found = next(filter(None, map(shutil.which, names)), None)
-        found = found or playwright.chromium.executable_path
-        if not Path(found).exists():
-            refuse("no browser: apt install chromium, or playwright install chromium")
-        opened = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+    with open_browser() as opened:
         yield opened
-        opened.close()
-
-
-def check_in_browser(browser, page: Path) -> None:
-    """Nothing is asked of the network, nothing fails, nothing is wider than the screen, all is legible."""
-    for width, scheme in ((390, "light"), (390, "dark"), (1280, "light"), (1280, "dark")):
-        context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme)
-        tab = context.new_page()
-        asked, wrong = [], []
-        tab.on("request", lambda r, asked=asked: asked.append(r.url))
-        tab.on("requestfailed", lambda r, wrong=wrong: wrong.append(r.url))
-        tab.on("console", lambda m, wrong=wrong: wrong.append(m.text))
-        tab.on("pageerror", lambda e, wrong=wrong: wrong.append(str(e)))
-        tab.on("dialog", lambda d, wrong=wrong: wrong.append(d.message))
-        tab.goto(page.as_uri())
-        assert asked == [page.as_uri()] and not wrong
-        assert tab.evaluate("document.documentElement.scrollWidth") <= width
-        # Charts have a size and lie within their card; text stands out from the paper.
-        boxes = tab.evaluate(
-            "[...document.querySelectorAll('svg')].map(s => { const b = s.getBoundingClientRect();"
-            "const c = s.closest('.chart').getBoundingClientRect();"
-            "return [b.width, b.height, b.left - c.left, c.right - b.right] })"
-        )
-        assert boxes and all(w >= 280 and h >= 50 and a >= 0 and b >= 0 for w, h, a, b in boxes)
-        ink, paper = tab.evaluate(
-            "(s => [s.color, s.backgroundColor])(getComputedStyle(document.body))"
-        )
-        assert contrast(ink, paper) > 7
-        assert (luminance(paper) < 0.2) == (scheme == "dark")
-        context.close()
-
-
-def luminance(colour: str) -> float:
-    parts = [int(x) / 255 for x in re.findall(r"\d+", colour)[:3]]
-    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
-    return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
-
-
-def contrast(a: str, b: str) -> float:
-    """WCAG's contrast ratio."""
-    low, high = sorted((luminance(a), luminance(b)))
-    return (high + 0.05) / (low + 0.05)
 
 
 def test_in_a_browser(tmp_path, rows, browser):
@@ -533,5 +461,7 @@ def test_a_real_run(tmp_path, browser):
     assert "What the training brought: not there yet. Stage evaluate is outdated" in page.text
 
 
-def test_the_template_is_part_of_the_package():
-    assert Path(page.__file__).with_name("template.html").exists()
+def test_the_templates_are_part_of_the_package():
+    folder = Path(page.__file__).parent / "templates"
+    expected = {"base.html", "macros.html", "run.html", "scores.html", "style.css"}
+    assert {file.name for file in folder.iterdir()} == expected

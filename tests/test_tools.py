@@ -133,6 +133,75 @@ def test_a_mistake_in_the_data_leaves_nothing_behind(model, tmp_path, capfd):
     assert list(tmp_path.iterdir()) == [data]
 
 
+def test_columns_of_other_names(model, pairs_file, tmp_path, capfd):
+    """The same scores and completions as under the names that are recognised; the user's own names stay."""
+    renamed = tmp_path / "renamed.jsonl"
+    with open(pairs_file) as file:
+        rows = [json.loads(line) for line in file]
+    renamed.write_text("".join(
+        json.dumps({"key": r["id"], "task text": r["prompt"], "reply": r["completion"], "response": 7})
+        + "\n" for r in rows
+    ))  # fmt: skip
+    columns = ("--columns", "id=key, instruction=task text,response=reply")
+    expected = scored(model, pairs_file, tmp_path / "expected.parquet")
+    found = scored(model, str(renamed), tmp_path / "found.parquet", *columns)
+    for row, other in zip(found, expected, strict=True):
+        reply = other.pop("completion")
+        theirs = {"key": other["id"], "task text": other.pop("prompt"), "reply": reply}
+        assert row == other | theirs | {"source": str(renamed)} and row["response"] == reply
+
+    def written(prompts, output, *more):
+        words = ["--model", model, "--prompts", str(prompts), "--output", str(output), *more]
+        assert main(["generate", *words, "--template", "none", "--max-new-tokens", "3"]) == 0
+        return [json.loads(line) for line in output.read_text().splitlines()]
+
+    expected = written(pairs_file, tmp_path / "expected.jsonl")
+    found = written(renamed, tmp_path / "found.jsonl", "--columns", "instruction=task text,id=key")
+    assert list(found[0]) == [
+        "key",
+        "task text",
+        "reply",
+        "response",
+        "completion",
+        "finish_reason",
+    ]
+    assert [r["completion"] for r in found] != [r["reply"] for r in found]
+    for name in ("completion", "finish_reason"):
+        assert [r[name] for r in found] == [r[name] for r in expected]
+
+    capfd.readouterr()
+    words = ["score", "--forward-model", model, "--data", str(renamed), "--output"]
+    words += [str(tmp_path / "wrong.jsonl"), "--template", "none"]
+    for mapping, said in (
+        (
+            "instruktion=task text",
+            "--columns: unknown column instruktion; did you mean instruction?",
+        ),
+        ("key=id", "unknown column key; known: instruction, response, input, messages, id, weight"),
+        ("instruction", "--columns: instruction: expected it once, as instruction=THEIRS"),
+        ("response=reply,response=x", "--columns: response: expected it once"),
+        ("response=reply,instruction=task", "row 1: missing column 'task'"),
+    ):
+        assert main([*words, "--columns", mapping]) == 2
+        err = capfd.readouterr().err
+        assert said in err and err.count("\n") == 1, err
+    assert main(["score", "config.yaml", "--columns", "id=key"]) == 2
+    assert "CONFIG or --columns, not both" in capfd.readouterr().err
+    assert not list(tmp_path.glob("wrong*"))
+
+
+def test_other_columns_begin_anew(model, pairs_file, tmp_path, monkeypatch, capfd):
+    real = tools._write
+    monkeypatch.setattr(tools, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    words = ["--forward-model", model, "--data", pairs_file, "--template", "none"]
+    assert main(["score", *words, "--output", str(tmp_path / "o.parquet")]) == 130
+    monkeypatch.setattr(tools, "_write", real)
+    swapped = ("--columns", "instruction=completion,response=prompt")
+    rows = scored(model, pairs_file, tmp_path / "o.parquet", *swapped)
+    assert "o.parquet: continues" not in capfd.readouterr().err
+    assert rows[0]["instruction"] == "word " and rows[5]["drop_reason"] == "empty_instruction"
+
+
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
 def test_filter_keeps_what_the_stage_would(suffix, model, pairs_file, tmp_path, capfd):
     rows = scored(model, pairs_file, tmp_path / "scored.parquet")
@@ -167,3 +236,24 @@ def test_filter_keeps_what_the_stage_would(suffix, model, pairs_file, tmp_path, 
         assert main(["filter", *words]) == 2
         err = capfd.readouterr().err
         assert said in err and err.count("\n") == 1, err
+
+
+def test_a_graded_file_can_be_filtered_by_its_grades(model, pairs_file, tmp_path, capfd):
+    ask = tmp_path / "ask.txt"
+    ask.write_text("{instruction} {response} 1-5")
+    rows = scored(
+        model, pairs_file, tmp_path / "s.parquet", "--self-curation", "--curation-prompt", str(ask)
+    )
+    graded = {row["id"]: row["rating"] for row in rows if row["rating"] is not None}
+    assert 20 < len(graded) <= 22 and all(1 < rating < 5 for rating in graded.values())
+    assert len(set(graded.values())) > 15  # the random model says something else of each
+    assert all(isinstance(row["rating_parsed"], bool) for row in rows if row["id"] in graded)
+    words = ["filter", str(tmp_path / "s.parquet"), "--by", "self_curation", "--select", "top_k"]
+    assert main([*words, "--keep", "5", "--output", str(tmp_path / "kept.jsonl")]) == 0
+    kept = [json.loads(line)["id"] for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
+    assert set(kept) == set(sorted(graded, key=lambda i: (-graded[i], i))[:5])
+    scored(model, pairs_file, tmp_path / "plain.parquet")
+    capfd.readouterr()
+    assert main(["filter", str(tmp_path / "plain.parquet"), *words[2:], "--keep", "5",
+                 "--output", str(tmp_path / "none.jsonl")]) == 2  # fmt: skip
+    assert "score them with self-curation" in capfd.readouterr().err

@@ -17,6 +17,7 @@ import numpy as np
 from markupsafe import Markup
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 360, 52, 10, 12, 38
+NATS = "nats per token"
 COLOURS = 8
 """So many series colours, `.s0` to `.s7`, the page's style knows."""
 
@@ -178,10 +179,16 @@ def scatter(
     return _figure(parts, f"{y_title} against {x_title}", list(groups), height=340)
 
 
-def intervals(rows: Mapping[str, Mapping[str, Interval]], x_title: str) -> Markup:
-    """One row a name, in it one dot with its interval for each series; all rows share the axis."""
+def intervals(
+    rows: Mapping[str, Mapping[str, Interval]], x_title: str, mark: float | None = None
+) -> Markup:
+    """One row a name, in it one dot with its interval for each series; all rows share the axis.
+
+    `mark` is a place in x that stands out, and is on the axis.
+    """
     names = list(dict.fromkeys(series for row in rows.values() for series in row))
     found = [v for row in rows.values() for i in row.values() for v in i if v is not None]
+    found += [] if mark is None else [mark]
     left, step = 92, 12 * len(names) + 8
     height = TOP + step * len(rows) + BOTTOM
     margin = 0.04 * (max(found) - min(found)) or 0.1
@@ -189,6 +196,8 @@ def intervals(rows: Mapping[str, Mapping[str, Interval]], x_title: str) -> Marku
     y_axis = Axis(0, 1, height - BOTTOM, TOP)
     y_axis.ticks = []
     parts = _frame(x_axis, y_axis, x_title, "", left, height)
+    if mark is not None:
+        parts.append(_line("cut", x_axis.at(mark), height - BOTTOM, x_axis.at(mark), TOP))
     for i, (label, row) in enumerate(rows.items()):
         top = TOP + step * i
         parts.append(_text("name", left - 6, top + step / 2 + 4, label, "end"))

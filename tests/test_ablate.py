@@ -1,0 +1,128 @@
+"""The ablation: what varies and what is shared, its arithmetic, and that a killed one ends as any other."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from main_jax.ablate import Variant, _over_seeds, show, variants
+from main_jax.cli import main
+
+ROOT = Path(__file__).parent.parent
+SHORT = {
+    "world.documents": 1000, "world.hidden_size": 32, "world.pretraining.max_steps": 20,
+    "world.responses": 120, "world.seed_pairs": 40, "world.test_questions": 12,
+    "align.round_0.max_steps": 8, "align.max_steps": 8, "align.save_steps": 4,
+    "finetune.max_steps": 12, "finetune.save_steps": 5, "runtime.chunk_rows": 40,
+}  # fmt: skip
+ASKED = ("--filters", "none,mutual,oracle,random", "--rounds", "0,1", "--seeds", "1",
+         "--weighting", "constant,pair_ratio")  # fmt: skip
+
+
+def test_without_a_round_nothing_is_weighted():
+    assert variants([0, 1, 2], ["constant", "pair_ratio"]) == [
+        Variant(0, None),
+        Variant(1, "constant"), Variant(1, "pair_ratio"),
+        Variant(2, "constant"), Variant(2, "pair_ratio"),
+    ]  # fmt: skip
+    assert [str(v) for v in variants([0, 1], ["softmax"])] == ["rounds-0", "rounds-1-softmax"]
+
+
+def test_mean_and_spread_by_hand():
+    found = _over_seeds({
+        0: {"heldout": {"none": 0.1, "mutual": 0.5}},
+        1: {"heldout": {"none": 0.2, "mutual": None}},
+        2: {"heldout": {"none": 0.6, "mutual": 0.7}},
+    })["heldout"]  # fmt: skip
+    assert found["none"]["mean"] == pytest.approx(0.3)
+    assert found["none"]["sd"] == pytest.approx((0.14 / 2) ** 0.5)  # .04 + .01 + .09, by n - 1
+    assert found["mutual"]["mean"] == pytest.approx(0.6)
+    assert found["mutual"]["values"] == [0.5, None, 0.7]
+    text = show({"seeds": [0, 1, 2], "variants": {"rounds-0": {"heldout": found}}})
+    assert "| none | 0.300 ± 0.265 |" in text and "| mutual | 0.600 ± 0.141 |" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ("--filters", "none,mutul"),
+            "--filters: finetune.arms: unknown score 'mutul'; did you mean",
+        ),
+        (("--weighting", "pair"), "--weighting: unknown strategy pair"),
+        (("--rounds", "0,x"), "expected a whole number"),
+        (("--seeds", "0"), "expected a positive number"),
+    ],
+)
+def test_mistakes_are_one_line_before_any_work(words, said, tmp_path, capsys):
+    config = str(ROOT / "configs" / "demo.yaml")
+    assert main(["ablate", config, "--output_dir", str(tmp_path / "out"), *words]) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def start(folder: Path, cache: Path) -> subprocess.Popen:
+    words = [w for key, value in SHORT.items() for w in (f"--{key}", str(value))]
+    command = [sys.executable, "-m", "main_jax.cli", "ablate", str(ROOT / "configs" / "demo.yaml"),
+               "--output_dir", str(folder), *ASKED, *words]  # fmt: skip
+    log = folder.with_suffix(".log").open("a")
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+
+
+def results(folder: Path) -> dict:
+    found = json.loads((folder / "ablation.json").read_text())
+    del found["config"]["output_dir"]
+    return found
+
+
+@pytest.mark.slow
+def test_killed_it_continues_and_shares_what_it_can(tmp_path):
+    cache, whole, killed = tmp_path / "cache", tmp_path / "whole", tmp_path / "killed"
+    begin = time.monotonic()
+    assert start(whole, cache).wait(600) == 0, whole.with_suffix(".log").read_text()[-2000:]
+    took = time.monotonic() - begin
+    draw = random.Random(5)
+    for _ in range(3):
+        process = start(killed, cache)
+        try:
+            process.wait(draw.uniform(0.2, 0.6) * took)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    assert start(killed, cache).wait(600) == 0, killed.with_suffix(".log").read_text()[-2000:]
+    assert results(killed) == results(whole)
+    assert (killed / "ablation.md").read_text() == (whole / "ablation.md").read_text()
+
+    folder = whole / "seed-0"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "rounds-0", "rounds-1-constant", "rounds-1-pair_ratio",
+    ]  # fmt: skip
+    assert [p.parent.parent.name for p in folder.glob("*/stages/0[01]-*")] == ["rounds-0"] * 2
+    found = results(whole)["variants"]
+    arms = ["none", "mutual", "oracle", "random", "none-epochs"]
+    assert all(list(v["heldout"]) == arms for v in found.values())
+    # As many epochs as `mutual`, whose set is smaller: more steps, by the numbers of pairs.
+    for run in folder.iterdir():
+        counts = json.loads((run / "stages/06-finetune/manifest.json").read_text())["counts"]
+        seeds = json.loads((folder / "rounds-0/stages/01-prepare/manifest.json").read_text())
+        seeds = seeds["counts"]["seed"] - seeds["counts"]["validation_pairs"]
+        steps = {
+            arm: max(
+                json.loads(line)["step"]
+                for line in (run / f"stages/06-finetune/{arm}/metrics.jsonl")
+                .read_text()
+                .splitlines()
+            )
+            for arm in ("none", "mutual", "none-epochs")
+        }
+        assert steps["none"] == steps["mutual"] == SHORT["finetune.max_steps"]
+        share = (seeds + counts["none_kept"]) / (seeds + counts["mutual_kept"])
+        assert abs(steps["none-epochs"] - share * steps["mutual"]) <= 1 and share > 1.3

@@ -2,7 +2,7 @@
 
     OUT/seed-S/rounds-K[-WEIGHTING]/    a run: one aligned pair of models, one augmentation, one scoring, and
                                         an arm per filter from one base with equal steps (and equal epochs)
-    OUT/ablation.json, ablation.md      every figure of every seed; mean and spread
+    OUT/ablation.{json,md,html}         every figure of every seed; mean and spread; drawn
 
 The runs of a seed share what does not depend on the alignment: the world and its base model, or the prepared
 data. All are runs as any other: what is stopped or killed continues with the same command.
@@ -25,6 +25,7 @@ from main_jax.filter import SCORES
 from main_jax.finetune import EPOCHS
 from main_jax.lm.progress import say
 from main_jax.pairs import write_json, write_text
+from main_jax.report.ablation import write_page
 from main_jax.run import Run, share, versions
 from main_jax.strict_yaml import nearest
 from main_jax.weighting import Strategy
@@ -101,7 +102,9 @@ def ablate(
         "variants": {name: _over_seeds(of_seeds) for name, of_seeds in found.items()},
     }  # fmt: skip
     write_json(out / "ablation.json", results)
-    write_text(out / "ablation.md", show(results) + "\n")
+    table = show(results)
+    write_text(out / "ablation.md", table + "\n")
+    write_page(out / "ablation.html", results, table)
     return results
 
 

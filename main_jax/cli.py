@@ -154,12 +154,18 @@ def evaluate_model(arguments: argparse.Namespace) -> int:
     from main_jax.evaluation import options
 
     if options.by_alpaca_eval(arguments):
-        return _alpaca_eval(options.alpaca_settings(arguments), arguments.start)
-    how = options.settings(arguments)
-    from main_jax.evaluation import harness
+        code = _alpaca_eval(options.alpaca_settings(arguments), arguments.start)
+    else:
+        how = options.settings(arguments)
+        from main_jax.evaluation import harness
 
-    initialize(**arguments.start)
-    return _unless_stopped(lambda: harness.evaluate_model(**how))
+        initialize(**arguments.start)
+        code = _unless_stopped(lambda: harness.evaluate_model(**how))
+    if arguments.model and (run := options.run_folder(arguments.model)):
+        from main_jax.report.page import refresh_report
+
+        refresh_report(run)  # which shows what lies in RUN/evaluations
+    return code
 
 
 def _alpaca_eval(given: dict[str, Any], start: dict[str, Any]) -> int:

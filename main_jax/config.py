@@ -229,7 +229,7 @@ class Runtime:
     """
 
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    attention: Literal["auto", "xla", "cudnn", "splash", "tokamax"] = "auto"
+    attention: Literal["auto", "xla", "cudnn", "splash", "tokamax", "blocks"] = "auto"
     remat: Literal["none", "dots", "projections", "full"] = "none"
     chunk_rows: int = 1024
     generation_batch_size: int = 32

@@ -22,6 +22,7 @@ from main_jax.augment import write_chunks
 from main_jax.checks import check_output, check_room
 from main_jax.config import Config
 from main_jax.data.files import files_below
+from main_jax.data.reading import read_pairs
 from main_jax.errors import UserError
 from main_jax.evaluate import evaluate
 from main_jax.export import export
@@ -165,6 +166,9 @@ def open_run(config: Config) -> Run:
         _ = run.model_path  # found, or fetched, once everything else is as it should be
         check_lengths(config, run.base.decoder.config.max_position_embeddings)
         _ = run.prompt  # opens and checks the tokenizer
+        if config.data.eval_path:  # which is read at the end: a mistake in it is to be known now
+            for _ in read_pairs(run.sources["eval"]):
+                pass
         for said in dict.fromkeys(vars(config.finetune.system_prompts).values()):
             run.prompt_with(said)
     _check_room(run)

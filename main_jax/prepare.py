@@ -26,7 +26,7 @@ from main_jax.score import hard_drop
 
 
 def prepare(run: Run, out: epath.Path) -> dict[str, int]:
-    """Writes the tables `seed`, `validation` (held-out seed pairs), `responses` and `eval`; `example.txt`."""
+    """Writes the tables `seed`, `validation` (held-out seed pairs) and `responses`, and `example.txt`."""
     try:
         counts = _prepare(run, out)
     except UserError:
@@ -50,22 +50,13 @@ def _prepare(run: Run, out: epath.Path) -> dict[str, int]:
         counts.update({f"{name}_skipped_{reason}": n for reason, n in skipped.items()})
         return found
 
-    def marked_questions(chunk: Sequence[dict], advance: Callable[[int], None]) -> list[dict]:
-        _mark(chunk, prompt, (Direction.FORWARD,))
-        return _in_columns(chunk, "eval")
-
-    if "eval" in run.sources:
-        rows = read("eval", read_pairs(run.sources["eval"]))
-        asked = pairs.map_chunks(rows, out / "data" / "eval", chunk_rows, marked_questions)
-        counts |= _check_drops(run, "eval", asked.column("drop_reason"))
-
     def marked_pairs(chunk: Sequence[dict], advance: Callable[[int], None]) -> list[dict]:
-        _mark(chunk, prompt, list(Direction))
+        mark(chunk, prompt, list(Direction))
         for row in chunk:
             text = f"{pairs.joined_instruction(row)} {row['response']}"
             if not row["drop_reason"] and contaminated(text):
                 row["drop_reason"] = "contaminated"
-        return _in_columns(chunk, "seed")
+        return in_columns(chunk, "seed")
 
     rows = read("seed", read_pairs(run.sources["seed"]))
     seed = list(pairs.map_chunks(rows, out / "read" / "marked", chunk_rows, marked_pairs))
@@ -78,11 +69,11 @@ def _prepare(run: Run, out: epath.Path) -> dict[str, int]:
 
     def marked(chunk: Sequence[dict], advance: Callable[[int], None]) -> list[dict]:
         # Without its instruction a response can only be too long by itself.
-        _mark(chunk, prompt, (Direction.FORWARD,), asked=False)
+        mark(chunk, prompt, (Direction.FORWARD,), asked=False)
         for row in chunk:
             row["drop_reason"] = row["drop_reason"] or unwanted(row["response"])
         advance(len(chunk))
-        return _in_columns(chunk, "augmented")
+        return in_columns(chunk, "augmented")
 
     rows = read("responses", _responses(run))
     written = pairs.map_chunks(
@@ -134,13 +125,13 @@ def _rules(settings: Clean) -> tuple[Callable[[str], bool], Callable[[str], str 
     return contaminated, unwanted
 
 
-def _in_columns(rows: Sequence[dict], origin: str) -> list[dict]:
+def in_columns(rows: Sequence[dict], origin: str) -> list[dict]:
     """The rows with the columns of the pair table alone."""
     of_all = {"origin": origin, "round": 0}
     return [{name: row.get(name) for name in pairs.COLUMNS} | of_all for row in rows]
 
 
-def _mark(
+def mark(
     rows: Sequence[dict], prompt: Prompt, directions: Sequence[Direction], asked: bool = True
 ) -> None:
     """Sets `drop_reason` and `truncated` of every row. Not `asked`: its instruction is yet to be written."""

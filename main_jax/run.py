@@ -261,8 +261,13 @@ class Run:
         sections = {name: values[name] for name in stage.sections}
         if "data" in sections:  # the files count by their content, not by their names
             sections["data"] = {
-                k: v for k, v in sections["data"].items() if not k.endswith(("_path", "_license"))
+                k: v
+                for k, v in sections["data"].items()
+                if not k.endswith(("_path", "_license")) and not k.startswith("eval_")
             }
+        if "evaluate" in sections and self.config.data.eval_path:
+            columns = {"eval_columns": self.config.data.eval_columns}
+            sections["evaluate"] = sections["evaluate"] | columns
         if "prompt" in sections:  # so does a template file
             sections["prompt"] = sections["prompt"] | {"template": self.template}
         if "score" in sections and self.config.score.self_curation:
@@ -270,19 +275,25 @@ class Run:
         return sections | {"seed": self.config.seed, "runtime": runtime}
 
     def _files(self, stage: Stage) -> dict[str, str]:
-        """Digests of the user's own files, which only the first stage reads."""
-        if self.world or stage.name != "prepare":
-            return {}
-        return self._file_digests
+        """Digests of the user's own files: what is trained on, and for `evaluate` the questions."""
+        if stage.name == "evaluate" and self.config.data.eval_path:
+            return {"eval": self._eval_digest}
+        return {} if self.world or stage.name != "prepare" else self._file_digests
 
     @cached_property
     def _file_digests(self) -> dict[str, str]:
         if self.from_manifest:
             return self.manifest("prepare").get("inputs", {})
-        found = {name: source.fingerprint() for name, source in self.sources.items()}
+        found = {name: self.sources[name].fingerprint() for name in DATA}
         for path in self.config.clean.decontaminate:
             found[f"clean {path}"] = open_source(path, "clean.decontaminate").fingerprint()
         return {"model": digest(epath.Path(self.model_path))} | found
+
+    @cached_property
+    def _eval_digest(self) -> str:
+        if self.from_manifest:
+            return self.manifest("evaluate").get("inputs", {}).get("eval", "")
+        return self.sources["eval"].fingerprint()
 
     def _inputs(self, stage: Stage) -> dict[str, str]:
         """Digests of what the stage reads: the user's files, and the tables of the stages before."""

@@ -101,7 +101,7 @@ def resumed_loss(checkpoints: Path, stream: UnitStream) -> float:
         state = saved.restore(3, abstract_state(DECODER, OPTIMIZER, WEIGHTING))
     batch = place_rows(stream.batch(3), rows_axis=1)
     _, metrics = train_step(state, batch, np.float32(1e-3), np.float32(0), **STATIC)
-    return float(metrics["loss_nats"])
+    return float(metrics["loss_nats_per_token"])
 
 
 def misplaced(state, mesh) -> list[str]:

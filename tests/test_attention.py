@@ -244,7 +244,7 @@ def test_auto(platform, dtype, head_dim, packed, expected):
 @pytest.mark.parametrize(
     ("backend", "change", "words"),
     [
-        ("flash", {}, "'flash', only auto, splash, cudnn, tokamax, xla"),
+        ("flash", {}, "'flash', only auto, splash, cudnn, tokamax, blocks, xla"),
         ("splash", {"platform": "gpu"}, "runs on tpu and cpu, not on gpu"),
         ("splash", {"platform": "tpu", "dtype": "float16"}, "no float16"),
         ("cudnn", {"platform": "cpu"}, "runs on gpu, not on cpu"),

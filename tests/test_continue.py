@@ -79,7 +79,7 @@ def test_a_checkpoint_continues_with_another_count(name, folder):
     for leaf in expected.files:
         assert found[leaf].dtype == expected[leaf].dtype
         np.testing.assert_array_equal(found[leaf], expected[leaf], err_msg=leaf)
-    for metric in ("loss_nats", "validation_nll_nats_per_token"):
+    for metric in ("loss_nats_per_token", "validation_nll_nats_per_token"):
         a, b = values(folder / name, metric), values(folder / "2x4", metric)
         assert len(a) == len(b) == STEPS
         assert a[:STOP] == b[:STOP] == values(folder / "stopped", metric)

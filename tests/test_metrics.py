@@ -215,11 +215,15 @@ def test_a_killed_training_has_each_step_once_in_each_sink(tmp_path, offline, mo
     expected = logged(tmp_path)
     names = {name for _, name in expected}
     assert {step for step, _ in expected} == set(range(1, 8))
-    assert {"loss_nats", "best_step", "validation_nll_nats_per_token"} < names
+    assert {"loss_nats_per_token", "best_step", "validation_nll_nats_per_token"} < names
     assert all(name.endswith(UNITS) for name in names - UNITLESS), names
     assert all(not name.endswith(UNITS) for name in UNITLESS) and names > UNITLESS
 
-    twice = [e.step for e in events(tmp_path) if any(v.tag == "loss_nats" for v in e.summary.value)]
+    twice = [
+        e.step
+        for e in events(tmp_path)
+        if any(v.tag == "loss_nats_per_token" for v in e.summary.value)
+    ]
     assert twice == [1, 2, 3, 4, 4, 5, 6, 7]  # step 5 was not yet written when the kill came
     assert once(shown(tmp_path)) == as_float32(expected)
     assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 3
@@ -251,7 +255,7 @@ def write(directory, reporting, steps, start=0):
     with Sinks(reporting, directory, "tiny", start) as sinks:
         log = MetricsLog(directory / "metrics.jsonl", keep_steps=start, sinks=sinks)
         for step in range(start + 1, steps + 1):
-            log.add(step, {"loss_nats": np.float32(1 / step), "other": np.float32("nan")})
+            log.add(step, {"loss_nats_per_token": np.float32(1 / step), "other": np.float32("nan")})
             if step % 2 == 0:
                 log.flush("tiny")
         log.flush("tiny")
@@ -338,7 +342,9 @@ def test_a_wandb_run_goes_on_where_the_server_has_it(tmp_path, monkeypatch):
     del run[6], run[5], run[4]  # a kill, before these had reached the server
     write(tmp_path, WANDB, 8, start=5)
     write(tmp_path, WANDB, 9, start=5)  # the server has more than the checkpoint
-    assert run == {step: [{"loss_nats": float(np.float32(1 / step))}] for step in range(1, 10)}
+    assert run == {
+        step: [{"loss_nats_per_token": float(np.float32(1 / step))}] for step in range(1, 10)
+    }
     assert len(fake.inits) == 3 and all(how == fake.inits[0] for how in fake.inits)
     how = fake.inits[0]
     assert (how["project"], how["name"], how["group"]) == ("mine", "tiny", "the-run")

@@ -17,6 +17,7 @@ from etils import epath
 from tiny_llama import ANY_INSTRUCTION, make_tiny_llama
 
 from main_jax import finetune as finetune_module
+from main_jax.checker import contains
 from main_jax.cli import main
 from main_jax.config import Config
 from main_jax.lm.checkpoint import load_params
@@ -127,6 +128,10 @@ def stage_dir(run: Path, stage: str) -> Path:
 
 def manifest(run: Path, stage: str) -> dict:
     return json.loads((stage_dir(run, stage) / "manifest.json").read_text())
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return read_parts(folder).to_pylist()
 
 
 def rows(run: Path, stage: str, part: str = "") -> list[dict]:
@@ -483,7 +488,7 @@ def test_stage_by_stage_with_everything_set_otherwise(own, tmp_path, capsys):
             json.loads(line) for line in (align / part / "metrics.jsonl").read_text().splitlines()
         ]
         steps = {"r": {"round-0": 4}.get(part[:7], 2), "c": 4}[part[0]]
-        assert [line["step"] for line in log if "loss_nats" in line] == list(range(1, steps + 1))
+        assert [line["step"] for line in log if "loss_nats_per_token" in line] == list(range(1, steps + 1))
     decoder = Decoder(load_checkpoint(folder / "model")[0])
     ends = [load_params(align / f"round-{k}" / "forward" / "checkpoints", decoder) for k in (1, 2)]
     assert max_difference(*ends) > 1e-6
@@ -526,10 +531,15 @@ def test_no_rounds_and_too_many_drops(own, tmp_path, capsys):
     texts = [{"text": r["content"]} for r in response_rows()]
     responses = tmp_path / "responses.jsonl"
     responses.write_text("".join(json.dumps(t) + "\n" for t in texts))
+    asked = tmp_path / "asked.jsonl"
+    questions = [{"question": f"what is {i} and 1?", "gold": f"it is {i + 1}"} for i in range(7)]
+    questions += [{"question": "", "gold": "x"}, {"question": "long?", "gold": "no " * 200}]
+    asked.write_text("".join(json.dumps(q) + "\n" for q in questions))
     config = config_file(
         tmp_path / "config.yaml", values, output_dir=str(run),
-        data={"responses_path": str(responses), "max_drop_share": 0.05},
-        align={"rounds": 0}, finetune={"arms": []},
+        data={"responses_path": str(responses), "max_drop_share": 0.05, "eval_path": str(asked),
+              "eval_columns": {"instruction": "question", "response": "gold"}},
+        align={"rounds": 0}, finetune={"arms": []}, evaluate={"checker": "contains"},
     )  # fmt: skip
     code, out, err = call(capsys, "run", config)
     assert (code, out) == (2, "")
@@ -546,6 +556,46 @@ def test_no_rounds_and_too_many_drops(own, tmp_path, capsys):
     assert len(set(ids)) == 60
     assert [r["response"] for r in rows(run, "filter")] == [t["text"] for t in texts]
     assert list(json.loads((run / "results.json").read_text())["arms"]) == ["mutual"]
+    check_own_test(run, config, values, asked, tmp_path, capsys)
+
+
+def check_own_test(run, config, values, asked, tmp_path, capsys) -> None:
+    """The NLL of the references as `score` measures it, the answers as `generate` gives them."""
+    test = json.loads((run / "results.json").read_text())["test"]
+    assert test["questions"] == {"asked": 7, "empty_instruction": 1, "too_long": 1}
+    assert list(test["models"]) == ["base", "mutual"] and test["checker"] == "contains"
+    columns = ("--columns", "instruction=question,response=gold", "--template", "none")
+    for name, folder in (("base", values["model_name_or_path"]), ("mutual", run / "hf")):
+        scored = tmp_path / f"{name}.parquet"
+        words = (
+            "--forward-model",
+            folder,
+            "--data",
+            asked,
+            "--output",
+            scored,
+            "--max-length",
+            160,
+        )
+        assert call(capsys, "score", *words, *columns)[0] == 0
+        table = pq.read_table(scored).to_pylist()
+        kept = [row for row in table if row["forward_nll_sum"] is not None][:7]
+        nll = sum(r["forward_nll_sum"] for r in kept) / sum(r["forward_tokens"] for r in kept)
+        assert test["models"][name]["nll_nats_per_token"] == pytest.approx(nll, rel=1e-5)
+        low, high = test["models"][name]["interval_nats_per_token"]
+        assert low < nll < high
+    answers = rows_of(stage_dir(run, "evaluate") / "test" / "answers" / "mutual" / "data")
+    right = [contains(a["response"] or "", f"it is {i + 1}") for i, a in enumerate(answers)]
+    assert test["models"]["mutual"]["right"] == sum(right) / 7
+    # Other questions: nothing is trained again.
+    asked.write_text('{"question": "why?", "gold": "so"}\n')
+    code, out, err = call(capsys, "run", config, "--data.max_drop_share", "0.1")
+    assert code == 0 and "finetune: done before, kept" in err and "evaluate: done in" in err
+    assert "your questions (1 asked; right: contains)" in out
+    asked.write_text('{"question": "why?", "gold": 3}\n')
+    code, _, err = call(capsys, "run", config, "--data.max_drop_share", "0.1")
+    assert code == 2
+    assert err.splitlines()[-1] == f"main-jax: {asked}, row 1, response: expected text, found int"
 
 
 def test_cleaning_leaves_a_reason_and_is_part_of_the_fingerprint(own, tmp_path, capsys):

@@ -88,7 +88,7 @@ def alone(tmp_path_factory):
 
 def losses(path: Path) -> list[float]:
     lines = (path / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss_nats"] for line in lines]
+    return [json.loads(line)["loss_nats_per_token"] for line in lines]
 
 
 @pytest.mark.parametrize("stage", ["align", "augment", "score", "filter", "finetune"])

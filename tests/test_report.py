@@ -93,7 +93,7 @@ def held_out(nll: float, half: float = 0.25, **minus: float) -> dict:
 def log(directory: Path, steps: int, aligned: bool = False) -> None:
     directory.mkdir(parents=True)
     lines = [
-        {"step": i + 1, "loss_nats": 2.0 / (i + 1), "seed_nll_nats_per_token": 2.0 / (i + 1),
+        {"step": i + 1, "loss_nats_per_token": 2.0 / (i + 1), "seed_nll_nats_per_token": 2.0 / (i + 1),
          "aligned_nll_nats_per_token": 1.0 / (i + 1) if aligned else None,
          "alpha": 0.6 if aligned else 0.0}
         for i in range(steps)
@@ -371,9 +371,9 @@ def test_two_hundred_thousand_rows(tmp_path, rows):
 
 
 def test_long_curves_are_thinned_to_means(tmp_path):
-    lines = [{"step": i + 1, "loss_nats": float(i % 2)} for i in range(LINE_POINTS * 10)]
+    lines = [{"step": i + 1, "loss_nats_per_token": float(i % 2)} for i in range(LINE_POINTS * 10)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    steps, values = metrics(tmp_path / "metrics.jsonl")["loss_nats"]
+    steps, values = metrics(tmp_path / "metrics.jsonl")["loss_nats_per_token"]
     assert len(steps) == LINE_POINTS and set(values) == {0.5}
     assert steps[0] == 5.5  # the mean of steps 1 to 10
 
@@ -463,5 +463,5 @@ def test_a_real_run(tmp_path, browser):
 
 def test_the_templates_are_part_of_the_package():
     folder = Path(page.__file__).parent / "templates"
-    expected = {"base.html", "macros.html", "run.html", "scores.html", "style.css"}
+    expected = {"ablation.html", "base.html", "macros.html", "run.html", "scores.html", "style.css"}
     assert {file.name for file in folder.iterdir()} == expected

@@ -535,7 +535,7 @@ def test_the_training_step_is_numpy_adamw_on_the_accumulated_gradient():
         )  # fmt: skip
         norm = np.sqrt(sum(np.sum(g**2) for g in flat(gradient).values()))
         assert norm > 1 and metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
-        assert metrics["loss_nats"] == pytest.approx(float(loss), rel=1e-5)
+        assert metrics["loss_nats_per_token"] == pytest.approx(float(loss), rel=1e-5)
         for name, value in flat(state.params).items():
             np.testing.assert_allclose(value, expected[name], rtol=1e-4, atol=2e-6, err_msg=name)
             assert np.array_equal(value, old[name]) == (learning_rate == 0)

@@ -147,7 +147,7 @@ def test_a_finished_training_is_not_touched_again(undisturbed, monkeypatch):
 
 def test_metrics_have_a_line_per_step_and_a_line_per_validation(undisturbed):
     lines = [json.loads(s) for s in (undisturbed / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "loss_nats" in line]
+    steps = [line for line in lines if "loss_nats_per_token" in line]
     assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
     schedule = SETTINGS.schedule(STEPS)
     for line in steps:
@@ -186,11 +186,11 @@ def test_an_interrupted_metrics_file_is_repaired(tmp_path):
     path = train.epath.Path(tmp_path) / "metrics.jsonl"
     path.write_text('{"step": 1, "a": 2.0}\n{"step": 2}\n{"step": 3}\n{"st')
     log = MetricsLog(path, keep_steps=2)
-    log.add(3, {"loss_nats": np.float32(0.5), "other": np.float32("nan")})
+    log.add(3, {"loss_nats_per_token": np.float32(0.5), "other": np.float32("nan")})
     assert path.read_text() == '{"step": 1, "a": 2.0}\n{"step": 2}\n'
     assert log.flush("x") == 0.5
     assert [json.loads(s) for s in path.read_text().splitlines()] == [
-        {"step": 1, "a": 2.0}, {"step": 2}, {"step": 3, "loss_nats": 0.5, "other": None},
+        {"step": 1, "a": 2.0}, {"step": 2}, {"step": 3, "loss_nats_per_token": 0.5, "other": None},
     ]  # fmt: skip
 
 
@@ -423,7 +423,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
     assert all(bad not in stream.indices(step) for step in range(4))
     e = units[bad].examples[0]
     e.tokens[len(e.tokens) - 2] = 61
-    with pytest.raises(TrainingDiverged, match="tiny: loss_nats is nan at step 5; lower learning"):
+    with pytest.raises(
+        TrainingDiverged, match="tiny: loss_nats_per_token is nan at step 5; lower learning"
+    ):
         run(tmp_path, units=units)
     assert latest(tmp_path) == 3
     like = jax.tree.leaves(load_params(tmp_path / "checkpoints", DECODER))
@@ -442,7 +444,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
 
 def test_a_gradient_that_is_not_finite_stops_too(tmp_path):
     log = MetricsLog(train.epath.Path(tmp_path) / "metrics.jsonl", keep_steps=0)
-    log.add(1, {"loss_nats": np.float32(1), "grad_norm": np.float32(2)})
-    log.add(2, {"loss_nats": np.float32(1), "grad_norm": np.float32("inf")})
+    log.add(1, {"loss_nats_per_token": np.float32(1), "grad_norm": np.float32(2)})
+    log.add(2, {"loss_nats_per_token": np.float32(1), "grad_norm": np.float32("inf")})
     with pytest.raises(TrainingDiverged, match="x: grad_norm is inf at step 2"):
         log.flush("x")

@@ -25,8 +25,6 @@ ALPACA = (
 )  # fmt: skip
 NAMES = (*HARNESS, *ALPACA)
 """None where they are not given: they do not belong to a run's stage."""
-EVALUATIONS = "evaluations"
-"""Folder in a run's directory for what is measured of it afterwards; its page shows what is there."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +83,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def add_alpaca_options(parser: argparse.ArgumentParser) -> None:
     """The group "AlpacaEval"; it shares --model, --output, --batch-size and --random-seed."""
-    parser.epilog = f"{parser.epilog}\n  {parser.prog} --model runs/own --alpaca-eval alpaca_eval.json --output mine.json"
+    example = f"{parser.prog} --model runs/own --alpaca-eval alpaca_eval.json --output mine.json"
+    parser.epilog = f"{parser.epilog}\n  {example}"
     group = parser.add_argument_group(
         "a model, by AlpacaEval",
         "Writes the outputs that judges read; asks a judge only where --judge-url is given, with the key in "
@@ -167,8 +166,13 @@ def _given(
 
 def _in_run(model: str, name: str) -> str | None:
     """Where the results of a run's model stand, if it is one."""
-    folder = epath.Path(model).expanduser()
-    if not (folder / "config.yaml").exists():
+    if (run := run_folder(model)) is None:
         return None
     stems = [Path(word.strip()).stem for word in name.split(",") if word.strip()]
-    return str(folder / EVALUATIONS / f"{'-'.join(stems)}.json")
+    return str(run / "evaluations" / f"{'-'.join(stems)}.json")
+
+
+def run_folder(model: str) -> epath.Path | None:
+    """The directory of a run, where `--model` names one."""
+    folder = epath.Path(model).expanduser()
+    return folder if (folder / "config.yaml").exists() else None

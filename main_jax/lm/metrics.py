@@ -104,8 +104,8 @@ class MetricsLog:
         loss, new = math.nan, []
         for step, metrics in jax.device_get(self._pending):
             values = {name: np.asarray(value).item() for name, value in metrics.items()}
-            loss = values.get("loss_nats", loss)
-            for name in ("loss_nats", "grad_norm"):
+            loss = values.get("loss_nats_per_token", loss)
+            for name in ("loss_nats_per_token", "grad_norm"):
                 if name in values and not math.isfinite(values[name]):
                     raise TrainingDiverged(
                         f"{label}: {name} is {values[name]} at step {step}; lower learning_rate or"

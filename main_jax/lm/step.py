@@ -181,7 +181,7 @@ def train_step(
     target_tokens = sums.pop("target_tokens")
     weighting_state, metrics = weighting.update(state.weighting, sums)
     metrics |= {
-        "loss_nats": loss,
+        "loss_nats_per_token": loss,
         "grad_norm": optax.global_norm(grads),
         "target_tokens": target_tokens,
     }

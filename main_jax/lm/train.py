@@ -44,8 +44,8 @@ class TrainingSettings:
     save_total_limit: checkpoints of an unfinished training that are kept, the newest.
     load_best_model_at_end: end with the parameters of the evaluated step whose validation NLL is lowest (the
         first such step); needs eval_steps and validation data.
-    early_stopping_patience: with it, the training ends after so many evaluations in a row that were no better;
-        null: never before its last step.
+    early_stopping_patience: the training ends after so many evaluations in a row that were no better; null:
+        never before its last step.
     """
 
     learning_rate: float = 1e-5

@@ -20,7 +20,25 @@ def arms(run: RunFiles) -> dict[str, Any]:
     counts = run.stages["finetune"]["counts"]
     kept = {arm: counts.get(f"{arm}_kept") for arm in results["arms"]}
     found = _held_out(results) if "auroc" not in results else _exact_match(run, results)
-    return {"results": results, "kept": kept} | found
+    return {"results": results, "kept": kept, "test": _own_test(results)} | found
+
+
+def _own_test(results: dict[str, Any]) -> dict[str, Any] | None:
+    """The user's own questions: by model the NLL of the references and the share of right answers."""
+    if (test := results.get("test")) is None:
+        return None
+    asked = test["questions"].get("asked", 0)
+    nll = {name: _interval(m, "nll_nats_per_token") for name, m in test["models"].items()}
+    right = {
+        name: _share(m["right"], asked)
+        for name, m in test["models"].items()
+        if m.get("right") is not None
+    }
+    title = "share of right answers"
+    return {
+        "questions": test["questions"], "checker": test["checker"], "nll": nll, "right": right,
+        "chart": charts.intervals({n: {title: i} for n, i in right.items()}, title) if right else None,
+    }  # fmt: skip
 
 
 def _exact_match(run: RunFiles, results: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from etils import epath
 
 from main_jax.errors import UserError
 from main_jax.pairs import parts_of, read_parts
+from main_jax.run import stage_folder
 
 LINE_POINTS = 100
 """Points of a line at most; means of neighbouring steps where there are more."""
@@ -53,7 +54,7 @@ class RunFiles:
             current = {}
         found = {}
         for stage in (WORLD, *STAGES) if self.world else STAGES:
-            folder = self.path / (stage.folder or f"stages/{stage.number:02}-{stage.name}")
+            folder = stage_folder(self.path, stage)
             manifest = self.json(folder / "manifest.json")
             state = "done" if manifest.get("status") == "done" else "unfinished"
             if manifest and not current.get(stage.name, True):

@@ -18,6 +18,7 @@ from main_jax.lm.multihost import first
 from main_jax.lm.progress import say
 from main_jax.report import html
 from main_jax.report.arms import arms
+from main_jax.report.evaluations import evaluations
 from main_jax.report.files import LINE_POINTS, RunFiles, columns, drops
 from main_jax.report.pool import READ, Pool
 from main_jax.report.training import training
@@ -48,8 +49,8 @@ def render(run: RunFiles) -> str:
     return html.render(
         "run.html", name=run.path.name, world=run.world, config=run.config,
         config_text=run.config_text, stages=run.stages, versions=_versions(run), funnel=_funnel(run),
-        seed=_seed(run), arms=arms(run), training=training(run), line_points=LINE_POINTS,
-        **_scores(run),
+        seed=_seed(run), arms=arms(run), evaluations=evaluations(run), training=training(run),
+        line_points=LINE_POINTS, **_scores(run),
     )  # fmt: skip
 
 

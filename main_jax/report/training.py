@@ -53,13 +53,16 @@ def training(run: RunFiles) -> dict[str, Any]:
     found = (folder.parent for folder in run.folder("finetune").glob("*/metrics.jsonl"))
     folders = sorted(found, key=lambda f: (f.name not in order, [*order, f.name].index(f.name)))
     arms = {folder.name: metrics(folder / "metrics.jsonl") for folder in folders}
-    for name, key in (("finetune", "loss_nats"), ("validation", "validation_nll_nats_per_token")):
+    for name, key in (
+        ("finetune", "loss_nats_per_token"),
+        ("validation", "validation_nll_nats_per_token"),
+    ):
         series = {arm: m[key] for arm, m in arms.items() if key in m}
         if any(len(steps) > 1 for steps, _ in series.values()):
             drawn[name] = charts.lines(series, "optimiser steps", NATS, strong=by)
     if run.world and (found := metrics(run.folder("world") / "pretraining" / "metrics.jsonl")):
         drawn["pretraining"] = charts.lines(
-            {"loss": found["loss_nats"]}, "optimiser steps", NATS, strong="loss"
+            {"loss": found["loss_nats_per_token"]}, "optimiser steps", NATS, strong="loss"
         )
     return drawn
 

@@ -213,6 +213,44 @@ def test_arms_beside_the_seed_alone_and_without_intervals(tmp_path, rows):
         assert "No spread is recorded" in page.text and "pair by pair" not in page.text
 
 
+def test_what_was_measured_afterwards_stands_on_the_page(tmp_path, rows):
+    run = make_run(tmp_path / "run", rows)
+    results = run / "stages" / "07-evaluate" / "results.json"
+    found = json.loads(results.read_text())
+    figures = {"nll_nats_per_token": 1.5, "interval_nats_per_token": [1.25, 1.75]}
+    models = {"base": figures | {"right": 0.25}, "mutual": figures | {"right": 0.75}}
+    test = {"questions": {"asked": 20, "too_long": 1}, "checker": "exact", "models": models}
+    results.write_text(json.dumps(found | {"test": test}))
+    folder = run / "evaluations"
+    folder.mkdir()
+    (folder / "quick.json").write_text(json.dumps({
+        "normalised": {"openllm": {"average": 31.25}},
+        "results": {"<b>arc</b>": {"alias": "arc", "acc,none": 0.5, "acc_stderr,none": 0.125,
+                                   "exact_match,strict": 0.25}},
+    }))  # fmt: skip
+    (folder / "mine.json").write_text('[{"instruction": "q", "output": "a"}]')
+    (folder / "mine.judged.json").write_text(json.dumps({
+        "win_rate": 0.625, "interval": [0.5, 0.75], "length_ratio": 1.5, "unparsable_share": 0.0,
+        "reference": "theirs.json", "judge": "stub",
+    }))  # fmt: skip
+    page = read(run)
+    check_self_contained(page)
+    assert "20 asked, 1 too_long" in page.text
+    assert page.tables["test-table"][1:] == [
+        ["base", "1.50001.2500 to 1.7500", "0.2500.112 to 0.469"],  # Wilson: 5 of 20, 15 of 20
+        ["mutual", "1.50001.2500 to 1.7500", "0.7500.531 to 0.888"],
+    ]
+    assert page.tables["quick.json"][1:] == [
+        ["openllm: average", "as published, %", "31.2500"],
+        ["<b>arc</b>", "acc", "0.50000.2550 to 0.7450"],
+        ["<b>arc</b>", "exact_match (strict)", "0.2500"],
+    ]
+    assert page.tables["mine.judged.json"][1] == [
+        "against theirs.json, by stub", "win rate", "0.62500.5000 to 0.7500",
+    ]  # fmt: skip
+    assert "mine.json" not in page.tables
+
+
 def test_texts_cannot_become_markup(tmp_path, rows):
     html = write_report(make_run(tmp_path / "run", rows)).read_text()
     page = Page(html)

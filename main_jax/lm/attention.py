@@ -9,6 +9,7 @@ all the same case. A query that sees nothing yields zeros, and zero gradients.
     splash   tpu, cpu (slow)  tpu      JAX's Pallas kernel; float32, bfloat16
     cudnn    gpu              gpu      cuDNN's flash attention; bfloat16, float16; heads up to 128
     tokamax  gpu                       Tokamax's kernels, where it is installed
+    blocks   cpu                       ours: the tiles that segments reach, `attention_blocks.py`
     xla      everywhere       rest     matrix products around a softmax, the scores held densely
 
 All but xla are kernels, and kernels are for packed rows, see `attention`. On a device, compare them
@@ -29,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from main_jax.lm import attention_blocks
 from main_jax.lm import attention_kernels as kernels
 from main_jax.lm.arch import DecoderConfig
 from main_jax.lm.progress import say
@@ -87,6 +89,10 @@ def _splash(q: Any, k: Any, v: Any, *who: Any, sliding_window: int | None) -> ja
     return kernels.splash(q, k, v, who[2], sliding_window, interpret=platform() == "cpu")
 
 
+def _blocks(q: Any, k: Any, v: Any, *who: Any, sliding_window: int | None) -> jax.Array:
+    return attention_blocks.attend(q, k, v, who[2], sliding_window)
+
+
 def _splash_refuses(dtype: str, head_dim: int) -> str | None:
     return None if dtype in ("float32", "bfloat16") else f"it computes no {dtype}"
 
@@ -108,6 +114,7 @@ BACKENDS: dict[str, Backend] = {
     "splash": Backend(_splash, ("tpu", "cpu"), ("tpu",), _splash_refuses),
     "cudnn": Backend(_with_mask(kernels.cudnn), ("gpu",), ("gpu",), _cudnn_refuses),
     "tokamax": Backend(_with_mask(kernels.tokamax), ("gpu",), (), _tokamax_refuses),
+    "blocks": Backend(_blocks, ("cpu",), (), lambda *_: None),
     "xla": Backend(
         _with_mask(kernels.dense),
         ("cpu", "gpu", "tpu"),

@@ -15,7 +15,8 @@ from etils import epath
 from main_jax.lm.generate import Sampling, generate
 from main_jax.lm.sharding import use_mesh
 from main_jax.models import LanguageModel
-from main_jax.pairs import Rows, joined_instruction, map_chunks
+from main_jax.pairs import joined_instruction
+from main_jax.parts import Rows, map_chunks
 from main_jax.prompts import Direction, Prompt
 from main_jax.run import Run, derive_seed
 

@@ -24,7 +24,8 @@ from main_jax.checker import CHECKERS
 from main_jax.data.reading import read_pairs, staged
 from main_jax.finetune import arms, finetuned, kept_by_arm
 from main_jax.models import LanguageModel
-from main_jax.pairs import map_chunks, read_parts, write_json, write_table
+from main_jax.pairs import write_json, write_table
+from main_jax.parts import map_chunks, read_parts
 from main_jax.prepare import in_columns, mark
 from main_jax.prompts import Direction
 from main_jax.run import Run, derive_seed

@@ -19,7 +19,7 @@ from main_jax.lm.batches import Shape, UnitStream
 from main_jax.lm.checkpoint import load_params
 from main_jax.lm.train import fit
 from main_jax.models import LanguageModel
-from main_jax.pairs import Rows, read_parts
+from main_jax.parts import Rows, read_parts
 from main_jax.prompts import Direction
 from main_jax.run import Run, derive_seed
 from main_jax.units import TokenPair, pair_units, tokenise

@@ -19,7 +19,7 @@ from etils import epath
 
 from main_jax.data.clean import ngrams, words
 from main_jax.lm.multihost import barrier
-from main_jax.pairs import Rows, set_columns
+from main_jax.parts import Rows, set_columns
 
 LOOP_WORDS = 12
 """A shorter text is not looked at for loops."""

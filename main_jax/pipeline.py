@@ -16,7 +16,7 @@ import jax
 import yaml
 from etils import epath
 
-from main_jax import pairs
+from main_jax import pairs, parts
 from main_jax.align import align, trained
 from main_jax.augment import write_chunks
 from main_jax.checks import check_output, check_room
@@ -59,7 +59,7 @@ def augment(run: Run, out: epath.Path) -> dict[str, int]:
         return row | {"round": rounds, "drop_reason": row["drop_reason"] or hygiene.fault(row)}
 
     rows = write_chunks(
-        run, out, pairs.Rows(run.directory("prepare") / "data" / "responses"), Direction.REVERSE,
+        run, out, parts.Rows(run.directory("prepare") / "data" / "responses"), Direction.REVERSE,
         lambda: trained(run.directory("align"), f"round-{rounds}", Direction.REVERSE, run.base),
         run.config.augment.sampling, purpose="augment", label="augment",
         finish=lambda rows: list(map(checked, rows)),
@@ -86,9 +86,9 @@ def score(run: Run, out: epath.Path) -> dict[str, int]:
         advance(len(chunk))
         return scored
 
-    rows = pairs.Rows(run.directory("augment") / "data")
+    rows = parts.Rows(run.directory("augment") / "data")
     chunk_rows = run.config.runtime.chunk_rows
-    rows = pairs.map_chunks(rows, out / "data", chunk_rows, score_chunk, "score", "pairs")
+    rows = parts.map_chunks(rows, out / "data", chunk_rows, score_chunk, "score", "pairs")
     counts = _reasons(rows.column("drop_reason"), "pairs")
     if curator:
         parsed = Counter(rows.column("rating_parsed"))
@@ -99,10 +99,10 @@ def score(run: Run, out: epath.Path) -> dict[str, int]:
 def filter_pairs(run: Run, out: epath.Path) -> dict[str, int]:
     """Every score as a column; `keep` and `drop_reason` by the configured one."""
     settings, scored = run.config.filter, run.directory("score") / "data"
-    table = pairs.read_parts(scored, READ)
+    table = parts.read_parts(scored, READ)
     table = with_filter(table, settings.by, settings.select, settings.keep, run.config.seed)
     new = [name for name in table.column_names if name not in READ or name == "drop_reason"]
-    pairs.set_columns(scored, table.select(new), out / "data")
+    parts.set_columns(scored, table.select(new), out / "data")
     counts = _reasons(table["drop_reason"].to_pylist(), "pairs")
     if not counts["pairs"]:
         raise UserError(f"filter.{settings.by} keeps no pair; loosen filter.keep or look at {out}")

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from main_jax import pairs
+from main_jax import pairs, parts
 from main_jax.config import Clean
 from main_jax.data import clean
 from main_jax.data.reading import read_pairs, read_responses, staged
@@ -35,7 +35,7 @@ def prepare(run: Run, out: epath.Path) -> dict[str, int]:
             if (out / name).exists():
                 (out / name).rmtree()
         raise
-    pairs.drop_staged(out / "read")
+    parts.drop_staged(out / "read")
     return counts
 
 
@@ -45,7 +45,7 @@ def _prepare(run: Run, out: epath.Path) -> dict[str, int]:
     contaminated, unwanted = _rules(run.config.clean)
     counts: dict[str, int] = {}
 
-    def read(name: str, rows: Iterator[dict]) -> pairs.Rows:
+    def read(name: str, rows: Iterator[dict]) -> parts.Rows:
         found, skipped = staged(run.sources[name], rows, out / "read" / name, chunk_rows)
         counts.update({f"{name}_skipped_{reason}": n for reason, n in skipped.items()})
         return found
@@ -59,7 +59,7 @@ def _prepare(run: Run, out: epath.Path) -> dict[str, int]:
         return in_columns(chunk, "seed")
 
     rows = read("seed", read_pairs(run.sources["seed"]))
-    seed = list(pairs.map_chunks(rows, out / "read" / "marked", chunk_rows, marked_pairs))
+    seed = list(parts.map_chunks(rows, out / "read" / "marked", chunk_rows, marked_pairs))
     counts |= _check_drops(run, "seed", [row["drop_reason"] for row in seed])
     usable = [row for row in seed if not row["drop_reason"]]
     held_out = _held_out(usable, data.validation_share, run.config.seed)
@@ -76,7 +76,7 @@ def _prepare(run: Run, out: epath.Path) -> dict[str, int]:
         return in_columns(chunk, "augmented")
 
     rows = read("responses", _responses(run))
-    written = pairs.map_chunks(
+    written = parts.map_chunks(
         rows, out / "data" / "responses", chunk_rows, marked, "prepare responses"
     )
     counts |= _check_drops(run, "responses", written.column("drop_reason"))
@@ -85,7 +85,7 @@ def _prepare(run: Run, out: epath.Path) -> dict[str, int]:
         "validation": [row for row in usable if row["id"] in held_out],
     }
     for name, members in tables.items():
-        pairs.map_chunks(
+        parts.map_chunks(
             members, out / "data" / name, chunk_rows, lambda chunk, advance: list(chunk)
         )
     shown = [prompt.show(d, pairs.joined_instruction(first), first["response"]) for d in Direction]

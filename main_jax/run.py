@@ -31,7 +31,8 @@ from main_jax.lm.metrics import Reporting
 from main_jax.lm.multihost import barrier, first
 from main_jax.lm.progress import say
 from main_jax.lm.runtime import forget_peak_memory, peak_memory_bytes
-from main_jax.pairs import read_parts, write_json
+from main_jax.pairs import write_json
+from main_jax.parts import read_parts
 
 if TYPE_CHECKING:
     from main_jax.models import Checkpoint

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from main_jax import pairs
+from main_jax import pairs, parts
 from main_jax.augment import complete
 from main_jax.checks import check_output, check_room
 from main_jax.config import COLUMNS, Runtime
@@ -108,10 +108,10 @@ def score_file(
             for direction, path in zip(Direction, paths, strict=True):
                 instruction, response = pairs.joined_instruction(row), row["response"] or ""
                 print(templates[path].show(direction, instruction, response))
-        scored = pairs.map_chunks(
+        scored = parts.map_chunks(
             rows, folder / "scored", CHUNK_ROWS, score_chunk, "score", "pairs"
         )
-        table = pairs.read_parts(folder / "scored", READ)
+        table = parts.read_parts(folder / "scored", READ)
         scores = score_columns(table, seed)
         _write(output, *_scored(given, scored, scores, theirs))
         page = None
@@ -127,7 +127,7 @@ def score_file(
 
 
 def _scored(
-    source: Source, scored: pairs.Rows, scores: dict[str, np.ndarray], theirs: Types
+    source: Source, scored: parts.Rows, scores: dict[str, np.ndarray], theirs: Types
 ) -> tuple[Iterator[dict], Types]:
     """The user's rows with what was measured and every filter score; and their columns."""
     ours = {k: t for k, t in pairs.COLUMNS.items() if k not in NOT_OURS or k not in theirs}
@@ -261,7 +261,7 @@ def generate_file(
     with _partial(output, settings) as folder:
         read = read_instructions if forward else read_responses
         rows = _staged(source, read(source), folder)
-        written = pairs.map_chunks(rows, folder / "generated", CHUNK_ROWS, write_chunk, "generate")
+        written = parts.map_chunks(rows, folder / "generated", CHUNK_ROWS, write_chunk, "generate")
         new = {"completion": pa.string(), "finish_reason": pa.string()}
         answered = (
             raw.values | {name: row[name] for name in new}
@@ -292,7 +292,7 @@ def _partial(output: str, settings: dict) -> Generator[epath.Path]:
         folder.rmtree()
 
 
-def _staged(source: Source, rows: Iterator[dict], folder: epath.Path) -> pairs.Rows:
+def _staged(source: Source, rows: Iterator[dict], folder: epath.Path) -> parts.Rows:
     try:
         found, skipped = staged(source, rows, folder / "rows", CHUNK_ROWS)
     except UserError:  # what nobody can use; other processes may be there

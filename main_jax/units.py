@@ -15,7 +15,8 @@ import pyarrow as pa
 from etils import epath
 
 from main_jax.lm.batches import Unit
-from main_jax.pairs import Rows, joined_instruction, map_chunks
+from main_jax.pairs import joined_instruction
+from main_jax.parts import Rows, map_chunks
 from main_jax.prompts import Direction, Prompt
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from main_jax import align, pairs, pipeline
+from main_jax import align, parts, pipeline
 from main_jax.config import Config
 from main_jax.lm.runtime import Distributed, initialize
 from main_jax.lm.sharding import MeshShape, current_mesh, use_mesh
@@ -27,7 +27,7 @@ def main(config: str, run: str, log: str, stages: str, *which: str) -> None:
         check_meshes()
     else:
         initialize(False, cpu_devices=2)
-    write_part, encode_all, load_params = pairs._write_part, Prompt.encode_all, align.load_params
+    write_part, encode_all, load_params = parts._write_part, Prompt.encode_all, align.load_params
     done: dict[str, list] = {"parts": [], "texts": [], "models": []}
     did = {}
 
@@ -46,7 +46,7 @@ def main(config: str, run: str, log: str, stages: str, *which: str) -> None:
             done["models"].append(directory.parent.name)
         return params
 
-    pairs._write_part, Prompt.encode_all, align.load_params = written, encoded, loaded
+    parts._write_part, Prompt.encode_all, align.load_params = written, encoded, loaded
     opened = pipeline.open_run(load_config(Config, config, ["--output_dir", run]))
     with use_mesh(MeshShape(), local=True):
         assert lies_here(opened.base.load())

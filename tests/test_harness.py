@@ -21,7 +21,7 @@ import lm_eval
 from lm_eval.api.instance import Instance
 from tiny_llama import FAMILIES, make_tiny_llama
 
-from main_jax import pairs
+from main_jax import parts
 from main_jax.cli import main
 from main_jax.config import Runtime
 from main_jax.errors import UserError
@@ -357,7 +357,7 @@ def test_what_is_killed_continues_and_ends_equal(
 def test_a_stop_is_agreed_and_continues(model, tasks, tmp_path, monkeypatch):
     monkeypatch.setattr(adapter, "REQUESTS_OF_A_CHUNK", 10)
     asked = iter([False, True])
-    monkeypatch.setattr("main_jax.pairs.stop_asked", lambda: next(asked, False))
+    monkeypatch.setattr("main_jax.parts.stop_asked", lambda: next(asked, False))
     output, run = tmp_path / "o.json", tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text("")
@@ -612,4 +612,4 @@ def test_calls_are_kept_by_their_requests(tmp_path):
     assert ask("a", "b", "c") == ["A", "B", "C"] and asked == ["a", "b", "c"]
     assert ask("a", "b", "c") == ["A", "B", "C"] and asked == ["a", "b", "c"]
     assert ask("a", "b") == ["A", "B"] and asked == ["a", "b", "c", "a", "b"]
-    assert sorted(len(pairs.Rows(folder)) for folder in tmp_path.glob("000-*")) == [2, 3]
+    assert sorted(len(parts.Rows(folder)) for folder in tmp_path.glob("000-*")) == [2, 3]

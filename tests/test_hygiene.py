@@ -2,7 +2,7 @@
 
 import pytest
 
-from main_jax import pairs
+from main_jax import pairs, parts
 from main_jax.hygiene import Hygiene, loop_share, mark_repeats
 
 
@@ -58,10 +58,10 @@ def test_the_same_for_many_responses(tmp_path):
     mark_repeats(tmp_path, 2)
     again = "repeated_instruction"
     expected = [None, None, "empty_response", again, None, "too_long", again]
-    assert pairs.Rows(tmp_path).column("drop_reason") == expected
+    assert parts.Rows(tmp_path).column("drop_reason") == expected
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     mark_repeats(tmp_path, 2)  # as after a kill
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
-    assert pairs.Rows(tmp_path).column("response") == [f"r{i}" for i in range(7)]
+    assert parts.Rows(tmp_path).column("response") == [f"r{i}" for i in range(7)]
     mark_repeats(tmp_path, 4)
-    assert pairs.Rows(tmp_path).column("drop_reason") == reasons
+    assert parts.Rows(tmp_path).column("drop_reason") == reasons

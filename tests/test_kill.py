@@ -20,7 +20,7 @@ import yaml
 from main_jax.lm.checkpoint import load_params
 from main_jax.lm.hf import load_config
 from main_jax.lm.model import Decoder
-from main_jax.pairs import read_parts
+from main_jax.parts import read_parts
 
 pytestmark = pytest.mark.slow
 

@@ -24,7 +24,7 @@ from main_jax.lm.checkpoint import load_params
 from main_jax.lm.hf import load_checkpoint, stop_ids
 from main_jax.lm.model import Decoder
 from main_jax.lm.tokenizer import load_tokenizer
-from main_jax.pairs import read_parts
+from main_jax.parts import read_parts
 from main_jax.pipeline import open_run
 from main_jax.strict_yaml import load_config
 
@@ -488,7 +488,9 @@ def test_stage_by_stage_with_everything_set_otherwise(own, tmp_path, capsys):
             json.loads(line) for line in (align / part / "metrics.jsonl").read_text().splitlines()
         ]
         steps = {"r": {"round-0": 4}.get(part[:7], 2), "c": 4}[part[0]]
-        assert [line["step"] for line in log if "loss_nats_per_token" in line] == list(range(1, steps + 1))
+        assert [line["step"] for line in log if "loss_nats_per_token" in line] == list(
+            range(1, steps + 1)
+        )
     decoder = Decoder(load_checkpoint(folder / "model")[0])
     ends = [load_params(align / f"round-{k}" / "forward" / "checkpoints", decoder) for k in (1, 2)]
     assert max_difference(*ends) > 1e-6

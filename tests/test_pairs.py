@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from together import Together
 
-from main_jax import pairs
+from main_jax import pairs, parts
 from main_jax.data import reading
 from main_jax.data.sources import open_source
 from main_jax.errors import UserError
@@ -418,27 +418,27 @@ def test_map_chunks_resumes_and_never_computes_twice(tmp_path):
         return [r | {"response": r["id"] * 2} for r in chunk]
 
     with pytest.raises(RuntimeError, match="stopped"):
-        pairs.map_chunks(rows, tmp_path / "d", 4, work)
+        parts.map_chunks(rows, tmp_path / "d", 4, work)
     assert calls == [["0", "1", "2", "3"], ["4", "5", "6", "7"]]
     assert sorted(os.listdir(tmp_path / "d")) == ["part-00000.parquet", "part-00001.parquet"]
     fail_at = -1
-    done = pairs.map_chunks(rows, tmp_path / "d", 4, work)
+    done = parts.map_chunks(rows, tmp_path / "d", 4, work)
     assert calls[2:] == [["8", "9"]]
     assert done.column("id") == [str(i) for i in range(10)]
     assert done.column("response") == [str(i) * 2 for i in range(10)]
-    again = pairs.map_chunks(rows, tmp_path / "d", 4, work)
+    again = parts.map_chunks(rows, tmp_path / "d", 4, work)
     assert len(calls) == 3
-    assert list(again) == list(done) == pairs.read_parts(tmp_path / "d").to_pylist()
+    assert list(again) == list(done) == parts.read_parts(tmp_path / "d").to_pylist()
 
 
 def test_chunks_without_rows_or_with_unlike_columns(tmp_path):
     def own(chunk, advance):
         return [chunk[0] | {f"own{chunk[0]['id']}": 1}]
 
-    none = pairs.map_chunks([], tmp_path / "none", 4, lambda chunk, advance: list(chunk))
+    none = parts.map_chunks([], tmp_path / "none", 4, lambda chunk, advance: list(chunk))
     assert (len(none), list(none)) == (0, [])
-    pairs.map_chunks([{"id": str(i)} for i in range(3)], tmp_path / "d", 1, own)
-    assert pairs.read_parts(tmp_path / "d")["own1"].to_pylist() == [None, 1, None]
+    parts.map_chunks([{"id": str(i)} for i in range(3)], tmp_path / "d", 1, own)
+    assert parts.read_parts(tmp_path / "d")["own1"].to_pylist() == [None, 1, None]
     assert list(pairs.batched(range(5), 2)) == [[0, 1], [2, 3], [4]]
     assert list(pairs.batched(range(4), 2)) == [[0, 1], [2, 3]]
     assert list(pairs.batched([], 2)) == [[]]
@@ -448,8 +448,8 @@ def test_stored_rows_are_read_part_by_part(tmp_path, monkeypatch):
     for part, ids in enumerate(["abc", "d", "", "ef"]):
         rows = pairs.table_of([{"id": i} for i in ids])
         pairs.write_table(tmp_path / f"part-{part:05}.parquet", rows)
-    stored, read = pairs.Rows(tmp_path), []
-    whole = pairs._read_part
+    stored, read = parts.Rows(tmp_path), []
+    whole = parts._read_part
     monkeypatch.setattr(
         pairs, "_read_part", lambda f, c=None: read.append(f.name[-9]) or whole(f, c)
     )
@@ -476,7 +476,7 @@ def map_doubled(together, rows, folder, delay=lambda index, ids: 0.0):
             time.sleep(delay(index, calls[index][-1]))
             return [row | {"response": row["id"] * 2} for row in chunk]
 
-        return list(pairs.map_chunks(rows, folder, 4, double))
+        return list(parts.map_chunks(rows, folder, 4, double))
 
     found, asked = together.run(work)
     return found, tuple(calls), asked
@@ -492,7 +492,7 @@ def files(folder) -> dict[str, bytes]:
 @pytest.fixture
 def alone(tmp_path):
     """The parts that one process writes."""
-    found = pairs.map_chunks(
+    found = parts.map_chunks(
         ROWS, tmp_path / "alone", 4, lambda c, _: [r | {"response": r["id"] * 2} for r in c]
     )
     return tmp_path / "alone", list(found)
@@ -536,9 +536,9 @@ def test_all_processes_stop_after_the_same_round_and_continue(alone, tmp_path, m
 def test_the_bar_counts_what_its_process_does(tmp_path, monkeypatch, capsys):
     """And a part that another process should have written but nobody sees is an error."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(pairs, "barrier", lambda name: None)
-    monkeypatch.setattr(pairs, "stop_asked", lambda: False)
-    monkeypatch.setattr(pairs, "VISIBLE_S", 0)
+    monkeypatch.setattr(parts, "barrier", lambda name: None)
+    monkeypatch.setattr(parts, "stop_asked", lambda: False)
+    monkeypatch.setattr(parts, "VISIBLE_S", 0)
     monkeypatch.setattr(progress, "_process", (0, 2))
 
     def work(chunk, advance):
@@ -546,6 +546,6 @@ def test_the_bar_counts_what_its_process_does(tmp_path, monkeypatch, capsys):
         return list(chunk)
 
     with pytest.raises(UserError, match=r"part-00001.parquet: another process .* one folder"):
-        pairs.map_chunks(ROWS, tmp_path / "d", 4, work, "augment", "pairs")
+        parts.map_chunks(ROWS, tmp_path / "d", 4, work, "augment", "pairs")
     assert list(files(tmp_path / "d")) == [f"part-0000{part}.parquet" for part in (0, 2, 4)]
     assert capsys.readouterr().err.startswith("[process 0 of 2] augment: 11/11 pairs, ")

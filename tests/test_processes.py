@@ -20,7 +20,7 @@ import yaml
 from safetensors.numpy import load_file
 from test_kill import SHORT, STAGES, directory, parts
 
-from main_jax.pairs import read_parts
+from main_jax.parts import read_parts
 
 pytestmark = pytest.mark.slow
 

@@ -313,7 +313,9 @@ def test_what_the_system_says_stands_in_the_forward_direction_alone(name):
 
 
 def test_a_chat_template_that_leaves_the_system_out_is_refused():
-    with pytest.raises(UserError, match=r"shows no system message .* leave finetune.system_prompts"):
+    with pytest.raises(
+        UserError, match=r"shows no system message .* leave finetune.system_prompts"
+    ):
         Prompt(tokenizer("{{ messages[-1].content }}:"), "chat", system="Answer well.")
 
 

@@ -106,7 +106,7 @@ def test_other_settings_begin_anew(model, pairs_file, tmp_path, monkeypatch):
 def test_a_stop_is_agreed_and_continues(model, pairs_file, tmp_path, monkeypatch):
     monkeypatch.setattr(tools, "CHUNK_ROWS", 5)
     asked = iter([False, True])
-    monkeypatch.setattr("main_jax.pairs.stop_asked", lambda: next(asked, False))
+    monkeypatch.setattr("main_jax.parts.stop_asked", lambda: next(asked, False))
     words = [
         "--forward-model",
         model,

@@ -6,7 +6,7 @@ from tiny_llama import make_tiny_llama
 from together import Together
 from transformers import AutoTokenizer
 
-from main_jax import pairs
+from main_jax import parts
 from main_jax.prompts import Direction, Prompt
 from main_jax.units import TokenPair, pair_units, tokenise
 
@@ -50,7 +50,7 @@ def test_wanted_rows_alone_whatever_they_were_dropped_for(prompt, tmp_path):
 
 def test_each_process_tokenises_its_own_rows_and_gets_all(prompt, tmp_path, monkeypatch):
     alone = tokenise(ROWS, tmp_path / "alone", prompt, 2)
-    stored = pairs.map_chunks(ROWS, tmp_path / "rows", 2, lambda chunk, advance: list(chunk))
+    stored = parts.map_chunks(ROWS, tmp_path / "rows", 2, lambda chunk, advance: list(chunk))
     texts = [[], [], []]
     together = Together(monkeypatch, 3)
 

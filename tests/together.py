@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 
-from main_jax import pairs
+from main_jax import parts
 from main_jax.lm.multihost import Preempted
 
 
@@ -17,8 +17,8 @@ class Together:
         self.count = count
         monkeypatch.setattr(jax, "process_count", lambda: count)
         monkeypatch.setattr(jax, "process_index", lambda: self.here.index)
-        monkeypatch.setattr(pairs, "barrier", lambda name: self.all.wait(30))
-        monkeypatch.setattr(pairs, "stop_asked", self.stop_asked)
+        monkeypatch.setattr(parts, "barrier", lambda name: self.all.wait(30))
+        monkeypatch.setattr(parts, "stop_asked", self.stop_asked)
 
     def stop_asked(self) -> bool:
         self.here.asked += 1

@@ -25,7 +25,8 @@ from main_jax.convert import new_folder
 from main_jax.errors import UserError
 from main_jax.filter import SCORES
 from main_jax.lm.progress import say, track
-from main_jax.pairs import COLUMNS, Rows, joined_instruction
+from main_jax.pairs import COLUMNS, joined_instruction
+from main_jax.parts import Rows
 from main_jax.run import Run, files_below, versions
 
 FILE_ROWS = 50_000

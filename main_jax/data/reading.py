@@ -14,7 +14,8 @@ from etils import epath
 from main_jax.data.files import Row
 from main_jax.data.sources import Source, open_source
 from main_jax.errors import UserError
-from main_jax.pairs import Rows, assign_ids, stage_rows, staged_facts
+from main_jax.pairs import assign_ids
+from main_jax.parts import Rows, stage_rows, staged_facts
 
 PAIR_COLUMNS = (
     ("instruction", "response"),

@@ -19,7 +19,7 @@ from typing import Any
 
 from etils import epath
 
-from main_jax import pairs, tools
+from main_jax import pairs, parts, tools
 from main_jax.augment import complete
 from main_jax.checks import check_output
 from main_jax.data.files import Row
@@ -111,7 +111,7 @@ def alpaca_eval(
         "sampling": dataclasses.asdict(sampling), "seed": seed, "batch_size": batch_size,
     }  # fmt: skip
     with tools._partial(output, settings) as folder:
-        done = list(pairs.map_chunks(rows, folder, CHUNK_ROWS, write_chunk, "answer", "questions"))
+        done = list(parts.map_chunks(rows, folder, CHUNK_ROWS, write_chunk, "answer", "questions"))
         pairs.write_json(output, [
             output_row(row, raw, new["response"], name)
             for row, raw, new in zip(rows, source, done, strict=True)

@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 
 from main_jax.errors import UserError
 from main_jax.lm.multihost import barrier
-from main_jax.pairs import Rows, map_chunks, stage_rows
+from main_jax.parts import Rows, map_chunks, stage_rows
 
 Answer = Callable[[Sequence[dict], Callable[[int], None]], list[dict]]
 """Of a chunk of requests and what it tells how many are done: an answer for each."""

@@ -19,7 +19,7 @@ import yaml
 from etils import epath
 
 from main_jax.errors import UserError
-from main_jax.pairs import parts_of, read_parts
+from main_jax.parts import parts_of, read_parts
 from main_jax.run import stage_folder
 
 LINE_POINTS = 100

@@ -21,7 +21,7 @@ from main_jax.align import trained
 from main_jax.augment import write_chunks
 from main_jax.filter import SCORES, keep_by, pool_of
 from main_jax.finetune import arms, finetuned, kept_by_arm
-from main_jax.pairs import read_parts
+from main_jax.parts import read_parts
 from main_jax.prompts import Direction
 from main_jax.run import Run
 from main_jax.world.judge import exact_match, is_true_pair, reverse_correct

@@ -451,7 +451,7 @@ def test_stored_rows_are_read_part_by_part(tmp_path, monkeypatch):
     stored, read = parts.Rows(tmp_path), []
     whole = parts._read_part
     monkeypatch.setattr(
-        pairs, "_read_part", lambda f, c=None: read.append(f.name[-9]) or whole(f, c)
+        parts, "_read_part", lambda f, c=None: read.append(f.name[-9]) or whole(f, c)
     )
     for start in range(7):
         for stop in range(start, 9):

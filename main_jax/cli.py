@@ -93,10 +93,10 @@ def score_file(arguments: argparse.Namespace) -> int:
     for name in ("max_length", "tokens_per_batch"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: expected a positive number")
-    from main_jax import tools
+    from main_jax.tools.score import score_file as score
 
     initialize(**arguments.start)
-    return _unless_stopped(lambda: tools.score_file(
+    return _unless_stopped(lambda: score(
         arguments.forward_model, arguments.reverse_model, arguments.data, arguments.output,
         template=arguments.template or "auto", max_length=arguments.max_length,
         excess_length_strategy=arguments.excess_length_strategy or "drop",
@@ -111,15 +111,15 @@ def filter_file(arguments: argparse.Namespace) -> int:
     if not arguments.by or not arguments.output:
         lacks = "--output" if arguments.by else "--by"
         raise UserError(f"filter: a scored file needs {lacks} (see main-jax filter --help)")
-    from main_jax import tools
     from main_jax.config import Config
     from main_jax.strict_yaml import from_mapping
+    from main_jax.tools.filter import filter_file as keep_rows
 
     asked = {"by": arguments.by, "select": arguments.select, "keep": arguments.keep}
     asked = {"filter": {k: v for k, v in asked.items() if v is not None}}
     asked["score"] = {"self_curation": True}  # whether there are grades, the file says
     settings = from_mapping(Config, asked, "command line").filter
-    tools.filter_file(
+    keep_rows(
         arguments.config, arguments.output, by=settings.by, select=settings.select,
         keep=settings.keep, every_pair=arguments.every_pair, seed=arguments.random_seed,
     )  # fmt: skip
@@ -128,9 +128,9 @@ def filter_file(arguments: argparse.Namespace) -> int:
 
 def generate_file(arguments: argparse.Namespace) -> int:
     """`generate`."""
-    from main_jax import tools
     from main_jax.lm.generate import Sampling
     from main_jax.prompts import Direction
+    from main_jax.tools.generate import generate_file as generate
 
     if arguments.batch_size < 1:
         raise UserError("--batch-size: expected a positive number")
@@ -141,7 +141,7 @@ def generate_file(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         raise UserError(str(error)) from None
     initialize(**arguments.start)
-    return _unless_stopped(lambda: tools.generate_file(
+    return _unless_stopped(lambda: generate(
         arguments.model, arguments.prompts, arguments.output,
         template=arguments.template, direction=Direction(arguments.direction),
         sampling=sampling, seed=arguments.seed, batch_size=arguments.batch_size,

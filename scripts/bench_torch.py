@@ -16,7 +16,7 @@ import torch
 import transformers
 
 BUDGETS = (1024, 2048, 4096)
-PADDED_BATCH = 16
+PADDED_BATCH = 8
 Text = tuple[np.ndarray, np.ndarray]
 
 

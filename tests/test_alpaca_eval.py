@@ -9,7 +9,6 @@ from chat_stub import stub
 from etils import epath
 from tiny_llama import make_tiny_llama
 
-from main_jax import tools
 from main_jax.cli import main
 from main_jax.data.files import Row, digest
 from main_jax.errors import UserError
@@ -20,6 +19,7 @@ from main_jax.lm.checkpoint import Checkpoints
 from main_jax.lm.generate import Sampling
 from main_jax.lm.hf import load_checkpoint
 from main_jax.pipeline import existing_run
+from main_jax.tools.generate import generate_file
 
 SAMPLING = Sampling(5)
 HOW = {"sampling": SAMPLING, "template": "none"}
@@ -67,7 +67,7 @@ def test_the_list_is_what_alpaca_eval_reads(model, questions, tmp_path, capfd):
     # The texts are those of `main-jax generate`.
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"instruction": text}) + "\n" for text in expected))
-    tools.generate_file(
+    generate_file(
         model, str(prompts), str(tmp_path / "g.jsonl"), template="none", sampling=SAMPLING
     )
     generated = [json.loads(line) for line in (tmp_path / "g.jsonl").read_text().splitlines()]

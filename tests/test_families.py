@@ -36,7 +36,8 @@ from main_jax.lm.hf_config import FAMILIES as OURS
 from main_jax.lm.hf_config import HONOURED_VALUES, IGNORED_FIELDS, from_hf, to_hf
 from main_jax.lm.model import Decoder
 from main_jax.models import open_checkpoint
-from main_jax.tools import generate_file, score_file
+from main_jax.tools.generate import generate_file
+from main_jax.tools.score import score_file
 
 try:
     import torch

@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 from tiny_llama import make_tiny_llama
 
-from main_jax import tools
 from main_jax.cli import main
 from main_jax.filter import with_filter
+from main_jax.tools import files, generate, score
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +52,9 @@ def scored(model, data, output, *more) -> list[dict]:
 def test_what_is_killed_continues_and_ends_equal(
     verb, model, pairs_file, tmp_path, monkeypatch, capfd
 ):
-    monkeypatch.setattr(tools, "CHUNK_ROWS", 5)
-    worker = {"score": "score_rows", "generate": "complete"}[verb]
-    real, calls, fail_at = getattr(tools, worker), [], [None]
+    monkeypatch.setattr(files, "CHUNK_ROWS", 5)
+    module, worker = {"score": (score, "score_rows"), "generate": (generate, "complete")}[verb]
+    real, calls, fail_at = getattr(module, worker), [], [None]
 
     def count(chunk, *rest, **how):
         if len(calls) == fail_at[0]:
@@ -62,7 +62,7 @@ def test_what_is_killed_continues_and_ends_equal(
         calls.append(len(chunk))
         return real(chunk, *rest, **how)
 
-    monkeypatch.setattr(tools, worker, count)
+    monkeypatch.setattr(module, worker, count)
 
     def run(name):
         words = ["--output", str(tmp_path / name), "--template", "none"]
@@ -88,8 +88,8 @@ def test_what_is_killed_continues_and_ends_equal(
 
 def test_other_settings_begin_anew(model, pairs_file, tmp_path, monkeypatch):
     whole = scored(model, pairs_file, tmp_path / "whole.parquet", "--max-length", "60")
-    real = tools._write
-    monkeypatch.setattr(tools, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    real = files.write
+    monkeypatch.setattr(files, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     words = [
         "--forward-model",
         model,
@@ -99,12 +99,12 @@ def test_other_settings_begin_anew(model, pairs_file, tmp_path, monkeypatch):
         str(tmp_path / "o.parquet"),
     ]
     assert main(["score", *words, "--template", "none"]) == 130
-    monkeypatch.setattr(tools, "_write", real)
+    monkeypatch.setattr(files, "write", real)
     assert scored(model, pairs_file, tmp_path / "o.parquet", "--max-length", "60") == whole
 
 
 def test_a_stop_is_agreed_and_continues(model, pairs_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(tools, "CHUNK_ROWS", 5)
+    monkeypatch.setattr(files, "CHUNK_ROWS", 5)
     asked = iter([False, True])
     monkeypatch.setattr("main_jax.parts.stop_asked", lambda: next(asked, False))
     words = [
@@ -191,11 +191,11 @@ def test_columns_of_other_names(model, pairs_file, tmp_path, capfd):
 
 
 def test_other_columns_begin_anew(model, pairs_file, tmp_path, monkeypatch, capfd):
-    real = tools._write
-    monkeypatch.setattr(tools, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    real = files.write
+    monkeypatch.setattr(files, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     words = ["--forward-model", model, "--data", pairs_file, "--template", "none"]
     assert main(["score", *words, "--output", str(tmp_path / "o.parquet")]) == 130
-    monkeypatch.setattr(tools, "_write", real)
+    monkeypatch.setattr(files, "write", real)
     swapped = ("--columns", "instruction=completion,response=prompt")
     rows = scored(model, pairs_file, tmp_path / "o.parquet", *swapped)
     assert "o.parquet: continues" not in capfd.readouterr().err

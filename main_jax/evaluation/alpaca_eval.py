@@ -19,7 +19,7 @@ from typing import Any
 
 from etils import epath
 
-from main_jax import pairs, parts, tools
+from main_jax import pairs, parts
 from main_jax.augment import complete
 from main_jax.checks import check_output
 from main_jax.data.files import Row
@@ -32,6 +32,7 @@ from main_jax.lm.generate import Sampling
 from main_jax.lm.progress import say
 from main_jax.lm.sharding import MeshShape, use_mesh
 from main_jax.prompts import Direction
+from main_jax.tools.files import partial_folder
 
 CHUNK_ROWS = 256
 
@@ -110,7 +111,7 @@ def alpaca_eval(
         "template": subject.template,
         "sampling": dataclasses.asdict(sampling), "seed": seed, "batch_size": batch_size,
     }  # fmt: skip
-    with tools._partial(output, settings) as folder:
+    with partial_folder(output, settings) as folder:
         done = list(parts.map_chunks(rows, folder, CHUNK_ROWS, write_chunk, "answer", "questions"))
         pairs.write_json(output, [
             output_row(row, raw, new["response"], name)

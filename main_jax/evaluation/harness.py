@@ -31,7 +31,7 @@ from main_jax.lm.multihost import first
 from main_jax.lm.progress import say
 from main_jax.models import open_checkpoint
 from main_jax.run import versions
-from main_jax.tools import _partial
+from main_jax.tools.files import partial_folder
 
 OLDEST = (0, 4, 13)
 BOOTSTRAPS = 1000
@@ -78,7 +78,7 @@ def evaluate_model(
     from main_jax.evaluation.adapter import HarnessModel
 
     facts = settings | {"model": digest(epath.Path(checkpoint.path))}
-    with _partial(output, facts) as folder:
+    with partial_folder(output, facts) as folder:
         lm = HarnessModel(
             checkpoint, tokenizer, folder, max_length=max_length,
             tokens_per_batch=tokens_per_batch, batch_size=batch_size, seed=seeds["sampling"],

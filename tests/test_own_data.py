@@ -188,6 +188,7 @@ def check_manifests(run: Path, stages: tuple[str, ...]) -> None:
         assert found["status"] == "done"
         assert re.fullmatch(r"[0-9a-f]{64}", found["fingerprint"])
         assert found["seconds"] == results["seconds"][stage] >= 0
+        assert 50 < found["peak_host_memory_mb"] < 20_000
         assert {"main_jax", "jax", "python"} <= set(found["versions"])
         assert all(re.fullmatch(r"[0-9a-f]{64}", digest) for digest in found["inputs"].values())
     assert set(manifest(run, "prepare")["inputs"]) == {"model", "seed", "responses"}

@@ -245,6 +245,9 @@ def test_a_graded_file_can_be_filtered_by_its_grades(model, pairs_file, tmp_path
         model, pairs_file, tmp_path / "s.parquet", "--self-curation", "--curation-prompt", str(ask)
     )
     graded = {row["id"]: row["rating"] for row in rows if row["rating"] is not None}
+    unparsed = sum(row["rating_parsed"] is False for row in rows)
+    said = capfd.readouterr().err
+    assert f"for {unparsed} of {len(graded)} pairs no grade is the likeliest answer" in said
     assert 20 < len(graded) <= 22 and all(1 < rating < 5 for rating in graded.values())
     assert len(set(graded.values())) > 15  # the random model says something else of each
     assert all(isinstance(row["rating_parsed"], bool) for row in rows if row["id"] in graded)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 
@@ -100,6 +101,7 @@ def score_file(
         table = parts.read_parts(folder / "scored", READ)
         scores = score_columns(table, seed)
         files.write(output, *_scored(given, scored, scores, theirs))
+        parsed = Counter(scored.column("rating_parsed"))
         page = None
         if first():
             with_what = zip(Direction, named, paths, strict=True)
@@ -110,6 +112,9 @@ def score_file(
         raise UserError(f"{source}: no row could be scored; {output} says why (drop_reason)")
     shown = f"; see {page}" if page else ""
     say(f"{output}: {len(table):,} rows, {dropped:,} of them without scores (drop_reason){shown}")
+    if curator:
+        unparsed, rated = parsed[False], parsed[False] + parsed[True]
+        say(f"{output}: for {unparsed:,} of {rated:,} pairs no grade is the likeliest answer")
 
 
 def _scored(

@@ -71,6 +71,7 @@ def mark_repeats(directory: epath.Path, max_repeats: int) -> None:
     """
     seen: Counter[str] = Counter()
     reasons: list[str | None] = []
+    before: list[str | None] = []
     for table in Rows(directory).tables(["instruction", "drop_reason"]):
         for row in table.to_pylist():
             reason = row["drop_reason"]
@@ -78,7 +79,10 @@ def mark_repeats(directory: epath.Path, max_repeats: int) -> None:
                 said = " ".join(words(row["instruction"]))
                 seen[said] += 1
                 reason = REPEATED if seen[said] > max_repeats else None
+            before.append(row["drop_reason"])
             reasons.append(reason)
     barrier(f"{directory}: read")  # by all, before the first process writes
-    set_columns(directory, pa.table({"drop_reason": pa.array(reasons, pa.string())}), directory)
+    if reasons != before:
+        marked = pa.table({"drop_reason": pa.array(reasons, pa.string())})
+        set_columns(directory, marked, directory)
     barrier(f"{directory}: marked")

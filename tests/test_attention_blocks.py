@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from tiny_decoder import CONFIG, drawn_params, example
 
 from main_jax.lm.attention import attention, check_backend
@@ -98,8 +97,10 @@ def test_equals_dense(case):
     def check(ids):
         found = with_gradients(*arrays, ids, window)
         expected = dense(*arrays, ids, window)
+        # Where segments are single tokens dq and dk cancel to zero: dv says of what size they were.
+        size = np.linalg.norm(expected[3])
         for a, b in zip(found, expected, strict=True):
-            assert np.linalg.norm(a - b) <= 2e-6 * np.linalg.norm(b)
+            assert np.linalg.norm(a - b) <= 2e-6 * max(np.linalg.norm(b), size)
             assert not np.any(np.asarray(a)[ids == 0])
 
     check()

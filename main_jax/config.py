@@ -120,10 +120,9 @@ class Align(TrainingSettings):
 
 @dataclass(frozen=True)
 class Augment:
-    """Step 2. Greedy by default; `hygiene` says which of the written instructions are not scored."""
+    """Step 2. Greedy by default."""
 
     sampling: Sampling = field(default_factory=Sampling)
-    hygiene: Hygiene = field(default_factory=Hygiene)
 
 
 @dataclass(frozen=True)
@@ -145,12 +144,13 @@ class Filter:
     """Step 3b.
 
     by: the score. select: what `keep` means: a `fraction` of the pool, a number of pairs (`top_k`), a
-    `quantile` of the score or a score (`threshold`).
+    `quantile` of the score or a score (`threshold`). hygiene: which instructions are not in the pool.
     """
 
     by: str = "mutual"
     select: Literal["fraction", "top_k", "quantile", "threshold"] = "fraction"
     keep: float = 0.4
+    hygiene: Hygiene = field(default_factory=Hygiene)
 
 
 @dataclass(frozen=True)
@@ -358,7 +358,7 @@ def _check_positive(config: Any, path: str = "") -> None:
     }
     for f in dataclasses.fields(config):
         value, key = getattr(config, f.name), f"{path}{f.name}"
-        if isinstance(value, bool) or value is None or isinstance(config, Filter):
+        if isinstance(value, bool) or value is None or key == "filter.keep":
             continue  # what `filter.keep` may be depends on `filter.select`
         if dataclasses.is_dataclass(value) and not isinstance(
             value, (Weighting, Sampling, MeshShape)

@@ -1,4 +1,4 @@
-"""What a generated instruction is checked for before it is scored; each fault has a `drop_reason`.
+"""What generated instructions are checked for before the filter ranks the pairs; each has a `drop_reason`.
 
     cut_instruction        it reached `max_new_tokens` without an end
     short_instruction      fewer characters than `min_characters`
@@ -6,7 +6,8 @@
     looping_instruction    it repeats itself: see `loop_share`
     repeated_instruction   more than `max_repeats` responses got the same: it says nothing of any of them
 
-The limits in characters are those of Humpback's public re-creation; the other two rules are ours.
+The limits in characters are those of Humpback's public re-creation; the other two rules are ours. They stand
+with the filter, so that other limits cost seconds and no generation.
 """
 
 from __future__ import annotations
@@ -14,12 +15,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-import pyarrow as pa
-from etils import epath
-
 from main_jax.data.clean import ngrams, words
-from main_jax.lm.multihost import barrier
-from main_jax.parts import Rows, set_columns
+from main_jax.parts import Rows
 
 LOOP_WORDS = 12
 """A shorter text is not looked at for loops."""
@@ -27,7 +24,7 @@ LOOP_WORDS = 12
 
 @dataclass(frozen=True)
 class Hygiene:
-    """Which generated instructions are dropped before they are scored.
+    """Which generated instructions no filter keeps.
 
     keep_cut: also keep those that `max_new_tokens` has cut. min_characters, max_characters: of the text.
     max_loop_share: of its word triples that were there before. max_repeats: responses that may get the same
@@ -61,28 +58,20 @@ def loop_share(text: str) -> float:
     return 1 - len(set(triples)) / len(triples)
 
 
-REPEATED = "repeated_instruction"
+def faults(rows: Rows, hygiene: Hygiene) -> list[str | None]:
+    """The drop reason of every row of a table, those that it has before those found here.
 
-
-def mark_repeats(directory: epath.Path, max_repeats: int) -> None:
-    """Marks rows of a finished table whose instruction more than `max_repeats` earlier rows have.
-
-    Memory: the different instructions. Doing it again changes nothing.
+    Of a table in parts only what is needed is read, a part at a time. Memory: the different instructions.
     """
     seen: Counter[str] = Counter()
     reasons: list[str | None] = []
-    before: list[str | None] = []
-    for table in Rows(directory).tables(["instruction", "drop_reason"]):
-        for row in table.to_pylist():
-            reason = row["drop_reason"]
-            if reason in (None, REPEATED):
+    for part in rows.tables(["instruction", "finish_reason", "drop_reason"]):
+        for row in part.to_pylist():
+            reason = row["drop_reason"] or hygiene.fault(row)
+            if reason is None and hygiene.max_repeats is not None:
                 said = " ".join(words(row["instruction"]))
                 seen[said] += 1
-                reason = REPEATED if seen[said] > max_repeats else None
-            before.append(row["drop_reason"])
+                if seen[said] > hygiene.max_repeats:
+                    reason = "repeated_instruction"
             reasons.append(reason)
-    barrier(f"{directory}: read")  # by all, before the first process writes
-    if reasons != before:
-        marked = pa.table({"drop_reason": pa.array(reasons, pa.string())})
-        set_columns(directory, marked, directory)
-    barrier(f"{directory}: marked")
+    return reasons

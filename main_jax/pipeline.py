@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 import jax
+import pyarrow as pa
 import yaml
 from etils import epath
 
@@ -28,7 +29,7 @@ from main_jax.evaluate import evaluate
 from main_jax.export import export
 from main_jax.filter import READ, with_filter
 from main_jax.finetune import arms, finetune
-from main_jax.hygiene import mark_repeats
+from main_jax.hygiene import faults
 from main_jax.lm.metrics import unavailable
 from main_jax.lm.multihost import first
 from main_jax.lm.sharding import make_mesh, use_mesh
@@ -53,19 +54,13 @@ def build_world(run: Run, out: epath.Path) -> dict[str, int]:
 
 def augment(run: Run, out: epath.Path) -> dict[str, int]:
     """The aligned reverse model writes an instruction for every unlabelled response."""
-    rounds, hygiene = run.config.align.rounds, run.config.augment.hygiene
-
-    def checked(row: dict) -> dict:
-        return row | {"round": rounds, "drop_reason": row["drop_reason"] or hygiene.fault(row)}
-
+    rounds = run.config.align.rounds
     rows = write_chunks(
         run, out, parts.Rows(run.directory("prepare") / "data" / "responses"), Direction.REVERSE,
         lambda: trained(run.directory("align"), f"round-{rounds}", Direction.REVERSE, run.base),
         run.config.augment.sampling, purpose="augment", label="augment",
-        finish=lambda rows: list(map(checked, rows)),
+        finish=lambda rows: [row | {"round": rounds} for row in rows],
     )  # fmt: skip
-    if hygiene.max_repeats is not None:
-        mark_repeats(out / "data", hygiene.max_repeats)
     return _reasons(rows.column("drop_reason"), "pairs")
 
 
@@ -100,6 +95,8 @@ def filter_pairs(run: Run, out: epath.Path) -> dict[str, int]:
     """Every score as a column; `keep` and `drop_reason` by the configured one."""
     settings, scored = run.config.filter, run.directory("score") / "data"
     table = parts.read_parts(scored, READ)
+    reasons = pa.array(faults(parts.Rows(scored), settings.hygiene), pa.string())
+    table = pairs.set_column(table, "drop_reason", reasons)
     table = with_filter(table, settings.by, settings.select, settings.keep, run.config.seed)
     new = [name for name in table.column_names if name not in READ or name == "drop_reason"]
     parts.set_columns(scored, table.select(new), out / "data")

@@ -32,8 +32,8 @@ OWN = {
     "prompt.max_length": 128, "prompt.template": "none", "align.rounds": 0,
     "align.round_0.max_steps": 2, "align.sampling.max_new_tokens": 4,
     "augment.sampling.max_new_tokens": 4, "clean.near_duplicates": 0.8,
-    "augment.hygiene.keep_cut": "true", "augment.hygiene.min_characters": 1,
-    "augment.hygiene.max_repeats": "null",
+    "filter.hygiene.keep_cut": "true", "filter.hygiene.min_characters": 1,
+    "filter.hygiene.max_repeats": "null",
     "runtime.chunk_rows": 4096, "runtime.generation_batch_size": 256,
 }  # fmt: skip
 

@@ -452,7 +452,8 @@ def own(tiny, tmp_path):
         },
         "prompt": {"max_length": 128},
         "align": {"sampling": {"max_new_tokens": 8}},
-        "augment": {"sampling": {"max_new_tokens": 8}, "hygiene": ANY_INSTRUCTION},
+        "augment": {"sampling": {"max_new_tokens": 8}},
+        "filter": {"hygiene": ANY_INSTRUCTION},
     }
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values))

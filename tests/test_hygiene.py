@@ -2,8 +2,9 @@
 
 import pytest
 
-from main_jax import pairs, parts
-from main_jax.hygiene import Hygiene, loop_share, mark_repeats
+from main_jax import pairs
+from main_jax.hygiene import Hygiene, faults, loop_share
+from main_jax.parts import Rows
 
 
 def row(instruction, finish="stop"):
@@ -40,28 +41,18 @@ def test_loop_share_by_hand():
     assert loop_share(" ".join(map(str, range(50)))) == 0
 
 
-def table(folder, rows):
-    for part in range(0, len(rows), 3):
-        pairs.write_table(
-            folder / f"part-{part // 3:05}.parquet", pairs.table_of(rows[part : part + 3])
-        )
-
-
-def test_the_same_for_many_responses(tmp_path):
-    said = ["Tell me", "tell  me!", None, "TELL me", "other", "tell me", "tell me"]
+def test_faults_of_a_table_in_parts(tmp_path):
+    said = ["Tell me why", "tell  me why!", None, "TELL me why", "other one", "tell me why", "x"]
     reasons = [None, None, "empty_response", None, None, "too_long", None]
     rows = [
-        {"id": str(i), "instruction": text, "drop_reason": reason, "response": f"r{i}"}
+        {"id": str(i), "instruction": text, "drop_reason": reason, "finish_reason": "stop"}
         for i, (text, reason) in enumerate(zip(said, reasons, strict=True))
     ]
-    table(tmp_path, rows)
-    mark_repeats(tmp_path, 2)
-    again = "repeated_instruction"
-    expected = [None, None, "empty_response", again, None, "too_long", again]
-    assert parts.Rows(tmp_path).column("drop_reason") == expected
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    mark_repeats(tmp_path, 2)  # as after a kill
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
-    assert parts.Rows(tmp_path).column("response") == [f"r{i}" for i in range(7)]
-    mark_repeats(tmp_path, 4)
-    assert parts.Rows(tmp_path).column("drop_reason") == reasons
+    for part in range(0, len(rows), 3):
+        table = pairs.table_of(rows[part : part + 3])
+        pairs.write_table(tmp_path / f"part-{part // 3:05}.parquet", table)
+    stored = Rows(tmp_path)
+    found = faults(stored, Hygiene(min_characters=2, max_repeats=2))
+    expected = [None, None, "empty_response", "repeated_instruction", None, "too_long"]
+    assert found == [*expected, "short_instruction"]
+    assert faults(stored, Hygiene(min_characters=1, max_repeats=None)) == reasons

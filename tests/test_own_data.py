@@ -95,7 +95,8 @@ def own(tmp_path_factory):
         },
         "prompt": {"max_length": 160, "template": "none"},
         "align": {**training, "round_0": {"max_steps": 4}, "sampling": {**sampling, "temperature": 0.7}},
-        "augment": {"sampling": sampling, "hygiene": ANY_INSTRUCTION},
+        "augment": {"sampling": sampling},
+        "filter": {"hygiene": ANY_INSTRUCTION},
         "score": {"tokens_per_batch": 2048},
         "finetune": {**training, "arms": ["seed_only"]},
         "runtime": {"chunk_rows": 25, "generation_batch_size": 16},
@@ -560,6 +561,16 @@ def test_no_rounds_and_too_many_drops(own, tmp_path, capsys):
     assert [r["response"] for r in rows(run, "filter")] == [t["text"] for t in texts]
     assert list(json.loads((run / "results.json").read_text())["arms"]) == ["mutual"]
     check_own_test(run, config, values, asked, tmp_path, capsys)
+    asked.write_text('{"question": "why?", "gold": "so"}\n')
+    # Other limits for instructions are a matter of the filter alone.
+    lengths = sorted(len(r["instruction"]) for r in rows(run, "score") if r["keep"])
+    limit = lengths[len(lengths) // 2]
+    words = ("--data.max_drop_share", "0.1", "--filter.hygiene.max_characters", str(limit))
+    assert call(capsys, "filter", config, *words)[0] == 0
+    for scored, filtered in zip(rows(run, "score"), rows(run, "filter"), strict=True):
+        long = scored["keep"] and len(scored["instruction"]) > limit
+        assert (filtered["drop_reason"] == "long_instruction") == long
+        assert not (long and filtered["keep"]) and (filtered["mutual"] is None) >= long
 
 
 def check_own_test(run, config, values, asked, tmp_path, capsys) -> None:

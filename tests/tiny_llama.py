@@ -71,7 +71,7 @@ ANY_INSTRUCTION = {
     "keep_cut": True, "min_characters": 1, "max_characters": 10**6, "max_loop_share": 1.0,
     "max_repeats": None,
 }  # fmt: skip
-"""`augment.hygiene` for a model that writes at random."""
+"""`filter.hygiene` for a model that writes at random."""
 
 
 def tiny_config(vocab_size: int = 307, **overrides) -> dict:

@@ -93,23 +93,31 @@ def stage_rows(
 
     So a source is read once, however many processes there are, and never held in memory; what was staged
     before is not read again. `facts` is kept beside the rows, as it is when all have passed (`staged_facts`).
+    A mistake in the rows is every process's UserError.
     """
     directory = epath.Path(directory)
     whole = directory / STAGED
     if first() and not whole.exists():
-        with track(f"read {directory.name}", None, "rows") as bar:
-            for part, chunk in enumerate(batched(rows, chunk_rows)):
-                _write_part(_part_path(directory, part), table_of(chunk))
-                bar.advance(len(chunk))
-        write_json(whole, dict(facts))
+        told = {}
+        try:
+            with track(f"read {directory.name}", None, "rows") as bar:
+                for part, chunk in enumerate(batched(rows, chunk_rows)):
+                    _write_part(_part_path(directory, part), table_of(chunk))
+                    bar.advance(len(chunk))
+        except UserError as error:
+            told = {"error": str(error)}
+        write_json(whole, told | {"facts": dict(facts)})
     barrier(f"rows staged in {directory}")
     _wait_for(whole)
+    if error := json.loads(whole.read_text()).get("error"):
+        drop_staged(directory)
+        raise UserError(error)
     return Rows(directory)
 
 
 def staged_facts(directory: epath.PathLike) -> dict:
     """What `stage_rows` has kept beside the rows."""
-    return json.loads((epath.Path(directory) / STAGED).read_text())
+    return json.loads((epath.Path(directory) / STAGED).read_text())["facts"]
 
 
 def drop_staged(directory: epath.PathLike) -> None:

@@ -7,6 +7,7 @@ from together import Together
 from transformers import AutoTokenizer
 
 from main_jax import parts
+from main_jax.errors import UserError
 from main_jax.prompts import Direction, Prompt
 from main_jax.units import TokenPair, pair_units, tokenise
 
@@ -102,3 +103,31 @@ def test_what_does_not_fit_is_left_out(prompt):
         pairs_of, Direction.FORWARD, prompt, [None, TokenPair(long, short, 1.0), None]
     )
     assert [len(unit.examples) for unit in units] == [1, 1]
+
+
+def test_a_source_is_read_by_the_first_process_and_its_mistake_is_everybodys(tmp_path, monkeypatch):
+    together, reading = Together(monkeypatch, 3), []
+
+    def rows(index, bad):
+        for i in range(5):
+            reading.append(index)
+            if i == bad:
+                raise UserError("f.jsonl, row 4: wrong")
+            yield {"id": str(i)}
+
+    def stage(folder, bad=None):
+        def work(index):
+            try:
+                found = parts.stage_rows(rows(index, bad), tmp_path / folder, 2, {"left_out": 3})
+            except UserError as error:
+                return str(error)
+            return found.column("id"), parts.staged_facts(tmp_path / folder)
+
+        return next(iter(together.run(work)))
+
+    assert stage("bad", 3) == ("f.jsonl, row 4: wrong",) * 3
+    assert not (tmp_path / "bad").exists()
+    assert stage("good") == ((list("01234"), {"left_out": 3}),) * 3
+    assert set(reading) == {0} and len(reading) == 4 + 5
+    assert stage("good") == ((list("01234"), {"left_out": 3}),) * 3
+    assert len(reading) == 4 + 5  # not again

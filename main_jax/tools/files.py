@@ -7,7 +7,6 @@ import json
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 
-import jax
 import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
@@ -51,8 +50,9 @@ def staged_rows(source: Source, rows: Iterator[dict], folder: epath.Path) -> par
     """The rows of a source, read once; what its rules leave out is said. Raises UserError."""
     try:
         found, skipped = staged(source, rows, folder / "rows", CHUNK_ROWS)
-    except UserError:  # what nobody can use; other processes may be there
-        if jax.process_count() == 1:
+    except UserError:  # of all processes alike: nobody can use what is there
+        barrier(f"{folder}: refused")
+        if first():
             folder.rmtree()
         raise
     for reason, n in skipped.items():

@@ -118,7 +118,9 @@ def a_run(models, path, rows) -> SimpleNamespace:
     prompt = models["base"].prompt("none", 60)
     return SimpleNamespace(
         world=False, rows=lambda stage, part: rows, inference_prompt=prompt, base=models["base"],
-        config=SimpleNamespace(seed=SEED, runtime=SimpleNamespace(chunk_rows=5)),
+        config=SimpleNamespace(
+            seed=SEED, runtime=SimpleNamespace(chunk_rows=5), data=SimpleNamespace(eval_path=None)
+        ),
         directory=lambda stage: epath.Path(path) / stage,
     )  # fmt: skip
 

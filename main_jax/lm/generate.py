@@ -10,11 +10,9 @@ Letters: B rows, P prompt slots, V vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,57 +20,11 @@ import numpy as np
 
 from main_jax.lm.batches import length_bucket
 from main_jax.lm.model import Decoder
+from main_jax.lm.refill import Row, Statistics, collate, run
+from main_jax.lm.sampling import Generation, Sampling, row_key, sample
 from main_jax.lm.sharding import constrain, place_rows, row_shards
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn. temperature 0 is greedy; top_p 1 and top_k 0 are off."""
-
-    max_new_tokens: int = 512
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-
-    def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}")
-        if not 0 <= self.temperature < float("inf") or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise ValueError("sampling needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0")
-
-
-class Generation(NamedTuple):
-    """New token ids (without the stop token) and why they ended."""
-
-    tokens: np.ndarray
-    finish_reason: Literal["stop", "length"]
-
-
-def row_key(seed: int, row_id: str) -> np.ndarray:
-    """[2] uint32: a raw random key that depends on the seed and the row's id alone."""
-    digest = hashlib.sha256(f"{seed}\0{row_id}".encode()).digest()
-    return np.frombuffer(digest[:8], np.uint32)
-
-
-def sample(logits, keys, sampling: Sampling):
-    """One token per row from [B, V] float32 logits and [B] keys; [B] int32.
-
-    Nucleus sampling keeps the smallest set of most likely tokens whose probability reaches top_p;
-    top_k is applied before it.
-    """
-    if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    k = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
-    if k == logits.shape[-1] and sampling.top_p == 1:
-        return jax.vmap(jax.random.categorical)(keys, logits / sampling.temperature).astype(
-            jnp.int32
-        )
-    ordered, ids = jax.lax.top_k(logits / sampling.temperature, k)
-    probs = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(probs, axis=-1) - probs
-    kept = jnp.where(before < sampling.top_p, ordered, -jnp.inf)
-    choice = jax.vmap(jax.random.categorical)(keys, kept)
-    return jnp.take_along_axis(ids, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)
+__all__ = ["Generation", "Sampling", "generate", "generate_batch", "row_key", "sample"]
 
 
 @partial(jax.jit, static_argnames=("decoder", "sampling", "stop_ids"))
@@ -81,6 +33,7 @@ def generate_batch(
     tokens,
     lengths,
     keys,
+    limits=None,
     *,
     decoder: Decoder,
     sampling: Sampling,
@@ -93,6 +46,7 @@ def generate_batch(
         tokens: [B, P] int32 prompts, right padded.
         lengths: [B] int32; 0 marks a row that is only there to fill the batch.
         keys: [B, 2] uint32 raw keys.
+        limits: [B] int32, new tokens that a row may have; None: max_new_tokens.
         decoder: the model.
         sampling: how tokens are drawn.
         stop_ids: token ids that end a row.
@@ -103,6 +57,7 @@ def generate_batch(
     """
     rows, width = tokens.shape
     new = sampling.max_new_tokens
+    limits = new if limits is None else limits
     unembed = decoder.unembed(params)
     stops = jnp.asarray(stop_ids or (-1,), jnp.int32)
     keys = jax.vmap(jax.random.wrap_key_data)(keys)
@@ -120,14 +75,14 @@ def generate_batch(
 
     def unfinished(carry):
         step, _, _, _, _, stopped = carry
-        return (step < new) & ~jnp.all(stopped)
+        return (step < new) & jnp.any(~stopped & (step < limits))
 
     def decode(carry):
         step, cache, logits, out, count, stopped = carry
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
         token = sample(logits, step_keys, sampling)
-        stopped |= jnp.any(token[:, None] == stops, axis=-1)
-        live = ~stopped
+        stopped |= jnp.any(token[:, None] == stops, axis=-1) & (step < limits)
+        live = ~stopped & (step < limits)
         out = out.at[:, step].set(jnp.where(live, token, 0))
         count = jnp.where(live, step + 1, count)
         position = (lengths + step)[:, None]
@@ -156,41 +111,56 @@ def generate(
     stop_ids: tuple[int, ...],
     seed: int,
     batch_size: int = 32,
+    limits: Sequence[int] | None = None,
     on_done: Callable[[int], None] = lambda rows: None,
+    refill: bool = False,
+    statistics: Statistics | None = None,
 ) -> list[Generation]:
-    """Generates for every prompt, in order. `on_done` is told how many rows each batch finished.
+    """Generates for every prompt, in order.
 
-    Raises ValueError for an empty prompt or one longer than max_position_embeddings − max_new_tokens.
+    Args:
+        decoder: the model.
+        params: its parameters.
+        prompts: token ids.
+        row_ids: an id for each.
+        sampling: how tokens are drawn.
+        stop_ids: token ids that end a row.
+        seed: of all random keys.
+        batch_size: rows decoded together.
+        limits: new tokens that each row may have, max_new_tokens at most, which is the default.
+        on_done: is told how many rows were finished, now and then.
+        refill: a finished row makes place for the next prompt at once, see `lm/refill.py`.
+        statistics: what refilling did is added here.
+
+    Raises ValueError for an empty prompt or one longer than max_position_embeddings − max_new_tokens, and
+    for limits outside of 1 to max_new_tokens.
     """
-    limit = decoder.config.max_position_embeddings - sampling.max_new_tokens
-    buckets: dict[int, list[int]] = {}
-    for i, prompt in enumerate(prompts):
+    new = sampling.max_new_tokens
+    limit = decoder.config.max_position_embeddings - new
+    limits = [new] * len(prompts) if limits is None else limits
+    for prompt, row_id, most in zip(prompts, row_ids, limits, strict=True):
         if not 0 < len(prompt) <= limit:
-            raise ValueError(f"prompt {row_ids[i]}: {len(prompt)} tokens, expected 1 to {limit}")
-        buckets.setdefault(length_bucket(len(prompt), limit), []).append(i)
-    results: list[Generation | None] = [None] * len(prompts)
+            raise ValueError(f"prompt {row_id}: {len(prompt)} tokens, expected 1 to {limit}")
+        if not 0 < most <= new:
+            raise ValueError(f"prompt {row_id}: at most {most} new tokens, expected 1 to {new}")
+    rows = [Row(p, row_key(seed, i), n) for p, i, n in zip(prompts, row_ids, limits, strict=True)]
     batch_size += -batch_size % row_shards()
+    static: Any = dict(decoder=decoder, sampling=sampling, stop_ids=tuple(stop_ids))
+    if refill:
+        return run(params, rows, batch_size, on_done, statistics or Statistics(), **static)
+    buckets: dict[int, list[int]] = {}
+    for i, row in enumerate(rows):
+        buckets.setdefault(length_bucket(len(row.prompt), limit), []).append(i)
+    results: list[Generation | None] = [None] * len(rows)
     for width, members in sorted(buckets.items()):
         for start in range(0, len(members), batch_size):
             chosen = members[start : start + batch_size]
-            tokens = np.zeros((batch_size, width), np.int32)
-            lengths = np.zeros(batch_size, np.int32)
-            keys = np.zeros((batch_size, 2), np.uint32)
-            for row, i in enumerate(chosen):
-                lengths[row] = len(prompts[i])
-                tokens[row, : lengths[row]] = prompts[i]
-                keys[row] = row_key(seed, row_ids[i])
+            batch = collate([rows[i] for i in chosen], batch_size, width)
             out, count, stopped = jax.device_get(
-                generate_batch(
-                    params,
-                    *place_rows((tokens, lengths, keys)),
-                    decoder=decoder,
-                    sampling=sampling,
-                    stop_ids=tuple(stop_ids),
-                )
+                generate_batch(params, *place_rows(batch), **static)
             )
-            for row, i in enumerate(chosen):
-                reason = "stop" if stopped[row] else "length"
-                results[i] = Generation(out[row, : count[row]], reason)
+            for place, i in enumerate(chosen):
+                reason = "stop" if stopped[place] else "length"
+                results[i] = Generation(out[place, : count[place]], reason)
             on_done(len(chosen))
     return [r for r in results if r is not None]

@@ -36,6 +36,7 @@ import numpy as np
 
 from main_jax.lm.arch import DecoderConfig
 from main_jax.lm.attention import attention
+from main_jax.lm.row_cache import RowCache
 from main_jax.lm.sharding import constrain
 
 # What the backward pass keeps of a layer instead of computing it again; "none": everything.
@@ -92,16 +93,17 @@ class Decoder:
         tokens: jax.Array,
         positions: jax.Array,
         segment_ids: jax.Array,
-        cache: Cache | None = None,
+        cache: Cache | RowCache | None = None,
         *,
         prefill: bool = False,
-    ) -> tuple[jax.Array, Cache | None]:
+    ) -> tuple[jax.Array, Any]:
         """Run `[B, T]` tokens to `[B, T, D]` hidden states (after the final norm), in `dtype`.
 
         A token sees the tokens of its segment (0 is padding and sees nothing) at positions up to
         its own. With a cache, the T tokens are first written at slots `[index, index + T)`, which
         the caller keeps within S, and attention is over the whole cache, returned with them;
-        `prefill` says that the cache is empty, and attention is over the T tokens alone. A
+        `prefill` says that the cache is empty, and attention is over the T tokens alone. With a
+        `RowCache` T is 1, a position is its row's length, and a row of segment 0 stays as it is. A
         token id outside the vocabulary gives NaN rather than another token's result.
         """
         model: Any = _Transformer(self, prefill)
@@ -210,6 +212,7 @@ class _Context(NamedTuple):
     sin: jax.Array
     who: dict[str, jax.Array]  # positions and segments of queries and keys
     index: Any  # where the cache is written: [] int32; None without one
+    rows: RowCache | None
 
 
 class Attention(nn.Module):
@@ -221,7 +224,8 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array, context: _Context, cached: Any) -> tuple[jax.Array, Any]:
         """Map `[B, T, D]` to `[B, T, D]` and, if there is a cache, the new keys and values.
 
-        `cached` are its keys and values; () where it is empty; None without one.
+        `cached` are its keys and values; () where it is empty; the layer's number where it is
+        `context.rows`; None without one.
         """
         c = self.decoder.config
         project = functools.partial(Einsum, decoder=self.decoder, use_bias=c.qkv_bias)
@@ -234,14 +238,17 @@ class Attention(nn.Module):
         with jax.named_scope("rope"):
             q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
         new = None if cached is None else (k, v)
-        if cached:
+        if context.rows is None and cached:
             k, v = _write(cached[0], k, context.index), _write(cached[1], v, context.index)
         with jax.named_scope("attend"):
-            # Without a cache before them, the segments of a row lie one after another.
-            y = attention(
-                q, k, v, **context.who, sliding_window=c.sliding_window,
-                backend=self.decoder.attention, packed=not cached,
-            )  # fmt: skip
+            if context.rows is not None:
+                y = context.rows.attend(cached, q, k, v, c.sliding_window)
+            else:
+                # Without a cache before them, the segments of a row lie one after another.
+                y = attention(
+                    q, k, v, **context.who, sliding_window=c.sliding_window,
+                    backend=self.decoder.attention, packed=not cached,
+                )  # fmt: skip
         gain = (2 * c.num_layers) ** -0.5
         return Einsum("BTNH,NHD->BTD", self.decoder, gain=gain, name="o")(y), new
 
@@ -287,8 +294,8 @@ class _Transformer(nn.Module):
         tokens: jax.Array,
         positions: jax.Array,
         segment_ids: jax.Array,
-        cache: Cache | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
+        cache: Cache | RowCache | None = None,
+    ) -> tuple[jax.Array, Any]:
         """See `Decoder.apply`."""
         c = self.decoder.config
         shape, std = (c.vocab_size, c.hidden_size), c.hidden_size**-0.5
@@ -308,7 +315,10 @@ class _Transformer(nn.Module):
         seen = dict(k_positions=positions, k_segment_ids=segment_ids)
         cached: Any = None
         index: Any = None
-        if cache is not None:
+        rows = cache if isinstance(cache, RowCache) else None
+        if rows is not None:
+            cached = jnp.arange(c.num_layers)
+        elif cache is not None:
             index = cache.index
             written = (
                 _write(cache.positions, positions, index),
@@ -331,12 +341,14 @@ class _Transformer(nn.Module):
             length=c.num_layers,
         )
         x, new = stack(self.decoder, name="layers")(
-            x, cached, _Context(cos, sin, who | seen, index)
+            x, cached, _Context(cos, sin, who | seen, index, rows)
         )
         x = RMSNorm(c.rms_norm_eps, name="norm")(x)
         if cache is None:
             return x, None
         # Layers return only what is new: a donated cache is then written in place, once.
+        if rows is not None:
+            return x, rows.append(*new, segment_ids[:, 0])
         keys = _write(cache.keys, new[0], index, axis=2)
         values = _write(cache.values, new[1], index, axis=2)
         return x, Cache(keys, values, *written, index + tokens.shape[1])

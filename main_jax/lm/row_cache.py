@@ -1,11 +1,11 @@
-"""A KV cache whose rows are at different places: one new token per row attends to it and is written to it.
+"""A KV cache whose rows are at different places: one new token of each row attends to it and is written to it.
 
 Slot s of a row holds the row's token at position s, so that a length says all of a row, and a row that is
 done can make place for another while its neighbours go on: `lm/refill.py`.
 
-A CPU follows each row's own length, in blocks of `BLOCK` slots; elsewhere all rows are computed together,
-over the `width` first slots. With the softmax computed online (Milakov and Gimelshein 2018, arXiv
-1805.02867) the new token is one more block, and the cache is read where it lies, never put together.
+A CPU follows each row's own length, in blocks of slots; elsewhere all rows are computed together over the
+first `width` slots. The softmax is computed online (Milakov and Gimelshein 2018, arXiv 1805.02867) and
+begins with the new token, so that the cache is read where it lies.
 
 Letters as in `lm/model.py`: L layers, B rows, S slots, K key-value heads, G queries to each, H features.
 """
@@ -23,9 +23,10 @@ import jax.numpy as jnp
 from main_jax.lm.attention import platform
 from main_jax.lm.sharding import constrain, current_mesh, spec
 
-# A step's attention in ms on one core, 16 rows of 23 to 425 slots, 151 on average, with blocks of 32, 64
-# and 128, and over all rows together up to the longest: 6 layers of 6 heads of 48 features 4.1, 4.2,
-# 4.5, 11; 12 of 12 of 64 20, 26, 52, 100; 6 of 8 heads of 64 on 2 of keys 1.8, 1.8, 2.2, 6.
+# A step's attention on one core in ms, for 16 rows of 23 to 425 slots, 151 on average, with blocks of 32,
+# 64 and 128, and over all rows together up to the longest: 6 layers of 6 heads of 48 features 4.1, 4.2,
+# 4.5, 11; 12 layers of 12 heads of 64 20, 26, 52, 100; 6 layers of 8 heads of 64, 2 of keys, 1.8, 1.8,
+# 2.2, 6. In the layout [L, B, K, S, H] the first is 4.6, 4.4, 5.0, the second 27, 24, 24.
 BLOCK = 32
 
 
@@ -37,24 +38,41 @@ class RowCache:
     keys: Any  # [L, B, S, K, H] in the compute dtype, RoPE applied
     values: Any  # [L, B, S, K, H]
     lengths: Any  # [B] int32; what lies behind them is never seen
-    width: int = field(metadata={"static": True})  # no row is longer, except on a CPU
+    width: int = field(metadata={"static": True})  # at least the longest row's length + 1
+
+    def attend(
+        self, layer: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, window: int | None
+    ) -> jax.Array:
+        """Attend in a layer with `[B, 1, N, H]` to the slots and to the row's own `[B, 1, K, H]`.
+
+        `window` is the sliding window, see `lm/attention.py`. Returns `[B, 1, N, H]` in the dtype of `v`.
+        """
+        B, _, K, H = k.shape
+        compute = _row_by_row if platform() == "cpu" else partial(_together, width=self.width)
+        out = on_rows(
+            partial(compute, window=window),
+            ("BKTH", "BKH", "BKH", "LBSKH", "LBSKH", "B", ""),
+            "BKTH",
+        )(q.reshape(B, K, -1, H), k[:, 0], v[:, 0], self.keys, self.values, self.lengths, layer)
+        return out.reshape(q.shape).astype(v.dtype)
 
     def append(self, keys: jax.Array, values: jax.Array, live: jax.Array) -> RowCache:
-        """Write a token per row, `[L, B, 1, K, H]`, behind the others; rows not `live` keep their length."""
+        """Write a token per row, `[L, B, 1, K, H]`, behind the others; where `[B]` live is 0, as if not."""
 
         def write(old: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
             return old.at[:, jnp.arange(len(slots)), slots].set(new[:, :, 0])
 
-        at = ("LBSKH", "LBTKH", "B")
-        keys, values = (
-            on_rows(write, at, "LBSKH")(old, new, self.lengths)
-            for old, new in ((self.keys, keys), (self.values, values))
+        write = on_rows(write, ("LBSKH", "LBTKH", "B"), "LBSKH")
+        return replace(
+            self,
+            keys=write(self.keys, keys, self.lengths),
+            values=write(self.values, values, self.lengths),
+            lengths=self.lengths + live,
         )
-        return replace(self, keys=keys, values=values, lengths=self.lengths + live)
 
 
 def empty(decoder: Any, rows: int, slots: int) -> RowCache:
-    """A cache of a `Decoder` without a token, of at least so many slots."""
+    """The cache of a `Decoder` without a token, of at least so many slots."""
     c = decoder.config
     slots += -slots % BLOCK
     shape = (c.num_layers, rows, slots, c.num_kv_heads, c.head_dim)
@@ -62,22 +80,83 @@ def empty(decoder: Any, rows: int, slots: int) -> RowCache:
     return RowCache(keys, values, jnp.zeros(rows, jnp.int32), slots)
 
 
-def on_rows(f: Callable[..., Any], axes: Any, out: Any) -> Callable[..., Any]:
-    """`f` on each device's rows and heads; `axes` has the letters of each argument, `out` of the result."""
+def on_rows(f: Callable[..., Any], axes: tuple[Any, ...], out: Any) -> Callable[..., Any]:
+    """`f`, computed by each device on its own rows and heads: what it indexes is then its own.
+
+    `axes` are the letters of the arguments, and `out` of the result, which some argument has too.
+    """
     mesh = current_mesh()
     if mesh is None:
         return f
 
-    def place(letters: str, x: Any) -> jax.P:
-        return spec(letters, x.shape, mesh)
-
     def call(*arguments: Any) -> Any:
-        specs = jax.tree.map(place, tuple(axes), arguments)
-        # The result is placed as the first argument with its letters is.
-        places = dict(zip(jax.tree.leaves(tuple(axes)), jax.tree.leaves(specs), strict=True))
+        specs = jax.tree.map(lambda letters, x: spec(letters, jnp.shape(x), mesh), axes, arguments)
+        places = dict(zip(jax.tree.leaves(axes), jax.tree.leaves(specs), strict=True))
         outs = jax.tree.map(places.__getitem__, out)
-        return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=outs, check_vma=False)(
-            *arguments
-        )
+        run = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=outs, check_vma=False)
+        return run(*arguments)
 
     return call
+
+
+# ------------------------------------------------------------------------------------------- attention
+
+
+def _start(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
+    """The online softmax after the new token alone: (maximum, sum, sum of values), `[..., K, G, 1 or H]`."""
+    top = jnp.einsum("...KGH,...KH->...KG", q, k, preferred_element_type=jnp.float32)
+    out = jnp.broadcast_to(v[..., None, :].astype(jnp.float32), q.shape)
+    return top[..., None] * q.shape[-1] ** -0.5, jnp.ones_like(top)[..., None], out
+
+
+def _take(
+    state: tuple[jax.Array, ...], q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array
+) -> tuple[jax.Array, ...]:
+    """The state after the keys and values `[..., S, K, H]` of the slots that are `[..., S]` seen."""
+    top, total, out = state
+    scores = jnp.einsum("...KGH,...SKH->...KGS", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(seen[..., None, None, :], scores * q.shape[-1] ** -0.5, -jnp.inf)
+    new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
+    weights, shrink = jnp.exp(scores - new_top), jnp.exp(top - new_top)
+    more = jnp.einsum(
+        "...KGS,...SKH->...KGH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
+    return new_top, total * shrink + weights.sum(-1, keepdims=True), out * shrink + more
+
+
+def _row_by_row(
+    q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array,
+    lengths: jax.Array, layer: jax.Array, *, window: int | None,
+) -> jax.Array:  # fmt: skip
+    """`[B, K, G, H]`; each row's blocks of slots one after another, as many as it has."""
+    size = (1, 1, BLOCK, *keys.shape[3:])
+
+    def attend_row(row: jax.Array, out: jax.Array) -> jax.Array:
+        first = 0 if window is None else jnp.maximum(lengths[row] + 1 - window, 0)
+
+        def take(block: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            start = (layer, row, block * BLOCK, 0, 0)
+            cut = (jax.lax.dynamic_slice(x, start, size)[0, 0] for x in (keys, values))
+            slots = block * BLOCK + jnp.arange(BLOCK)
+            return _take(state, q[row], *cut, (slots >= first) & (slots < lengths[row]))
+
+        blocks = first // BLOCK, (lengths[row] + BLOCK - 1) // BLOCK
+        _, total, sums = jax.lax.fori_loop(*blocks, take, _start(q[row], k[row], v[row]))
+        return out.at[row].set(sums / total)
+
+    return jax.lax.fori_loop(0, len(q), attend_row, jnp.zeros(q.shape, jnp.float32))
+
+
+def _together(
+    q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array,
+    lengths: jax.Array, layer: jax.Array, *, window: int | None, width: int,
+) -> jax.Array:  # fmt: skip
+    """`[B, K, G, H]`; all rows' slots at once."""
+    slots = jnp.arange(width)
+    seen = slots < lengths[:, None]
+    if window is not None:
+        seen &= slots > lengths[:, None] - window
+    size = (1, *keys.shape[1:2], width, *keys.shape[3:])
+    cut = (jax.lax.dynamic_slice(x, (layer, 0, 0, 0, 0), size)[0] for x in (keys, values))
+    _, total, sums = _take(_start(q, k, v), q, *cut, seen)
+    return sums / total

@@ -258,6 +258,8 @@ def ask_all(
             except Exception as error:  # for the thread that waits for this one
                 answer = error
             done.put((text, answer))
+            if isinstance(answer, Exception) and not isinstance(answer, Refused):
+                stop.set()  # nothing more is asked in vain, or for an answer that nobody takes
 
     with track("judge", len(files), "answers", len(answers)) as bar:
         try:

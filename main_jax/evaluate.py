@@ -29,7 +29,7 @@ from main_jax.parts import map_chunks, read_parts
 from main_jax.prepare import in_columns, mark
 from main_jax.prompts import Direction
 from main_jax.run import Run, derive_seed
-from main_jax.score import nll_sums
+from main_jax.score import Side, nll_sums
 from main_jax.units import pair_units, tokenise
 
 TOKENS_PER_BATCH = 8192
@@ -115,9 +115,11 @@ def _measured(run: Run, tokens: epath.Path, rows: Sequence[dict], models: Models
     units = [pair_units([pair], Direction.FORWARD, prompt) for pair in pairs]  # none: does not fit
     examples = [e for found in units for u in found for e in u.examples]
     ids = [row["id"] for row, found in zip(rows, units, strict=True) if found]
-    counts, sums = (), dict.fromkeys(models, ())
+    sums: dict[str, Any] = dict.fromkeys(models, ())
+    counts: Any = ()
     for name, load in models.items() if examples else ():
-        sums[name], counts = nll_sums(load(), examples, prompt.max_length, TOKENS_PER_BATCH)
+        side = Side(load(), examples, prompt.max_length)
+        sums[name], counts = nll_sums([side], TOKENS_PER_BATCH)[0]
     table = pa.table({"id": pa.array(ids, pa.string()), "tokens": pa.array(counts, pa.int32())})
     for name, column in sums.items():
         table = table.append_column(f"{name}_nll_sum", pa.array(column, pa.float64()))

@@ -5,21 +5,23 @@
     reverse_nll_sum       of I given R, by the reverse model      } over reverse_tokens
     instruction_nll_sum   of I alone,   by the reverse model      }
 
-All sums are nats over the target and its end token. Examples of both kinds are packed into batches of one
-shape and go through one jitted function, `lm.loss.example_nll`.
+All sums are nats over the target and its end token. Examples with and without their condition are packed
+into batches of one shape, and a batch of each direction goes through one jitted function,
+`lm.loss.example_nlls`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from itertools import zip_longest
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
 
 from main_jax.errors import UserError
 from main_jax.lm.batches import Example, pack_table
-from main_jax.lm.loss import example_nll
+from main_jax.lm.loss import example_nlls
 from main_jax.lm.sharding import place_rows, row_shards
 from main_jax.models import LanguageModel
 from main_jax.pairs import joined_instruction
@@ -29,16 +31,41 @@ if TYPE_CHECKING:
     from main_jax.self_curation import Curator
 
 
-def nll_sums(model: LanguageModel, examples: Sequence[Example], limit: int, budget: int) -> tuple:
-    """([N] float64 sums in nats, [N] int counts) of N examples, in their order."""
-    sums, counts = np.zeros(len(examples)), np.zeros(len(examples), int)
-    for indices, batch in pack_table(examples, budget, limit, row_shards()):
-        batch_sums, batch_counts = jax.device_get(
-            example_nll(model.decoder, model.params, place_rows(batch))
+class Side(NamedTuple):
+    """A model and the examples that it scores, of at most `limit` tokens."""
+
+    model: LanguageModel
+    examples: Sequence[Example]
+    limit: int
+
+
+def nll_sums(sides: Sequence[Side], budget: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """([N] float64 sums in nats, [N] int counts) of the N examples of each side, in their order.
+
+    A program takes a batch of `budget` tokens, padding included, of each side. While the devices are at one,
+    the host packs the next.
+    """
+    found = [(np.zeros(len(s.examples)), np.zeros(len(s.examples), int)) for s in sides]
+    running: list = []
+
+    def collect() -> None:
+        for (sums, counts), indices, result in running:
+            batch_sums, batch_counts = jax.device_get(result)
+            sums[indices] = batch_sums[: len(indices)]
+            counts[indices] = batch_counts[: len(indices)]
+
+    streams = (pack_table(s.examples, budget, s.limit, row_shards()) for s in sides)
+    for batches in zip_longest(*streams):
+        here = [i for i, batch in enumerate(batches) if batch]
+        results = example_nlls(
+            tuple(sides[i].model.decoder for i in here),
+            [sides[i].model.params for i in here],
+            [place_rows(batches[i][1]) for i in here],
         )
-        sums[indices] = batch_sums[: len(indices)]
-        counts[indices] = batch_counts[: len(indices)]
-    return sums, counts
+        collect()
+        running = [(found[i], batches[i][0], r) for i, r in zip(here, results, strict=True)]
+    collect()
+    return found
 
 
 def hard_drop(row: dict) -> str | None:
@@ -88,8 +115,8 @@ def score_rows(
         members.append(row)
         for d, r in rendered.items():
             examples[d] += [r.example, r.unconditional]
-    for d, (model, prompt) in sides.items():
-        sums, counts = nll_sums(model, examples[d], prompt.max_length, budget)
+    models = [Side(model, examples[d], prompt.max_length) for d, (model, prompt) in sides.items()]
+    for d, (sums, counts) in zip(sides, nll_sums(models, budget), strict=True):
         _, alone = d.sides("instruction", "response")
         for j, row in enumerate(members):
             row[f"{d}_nll_sum"], row[f"{d}_tokens"] = float(sums[2 * j]), int(counts[2 * j])

@@ -1,248 +1,46 @@
-"""Scoring and training against what a user would write in PyTorch instead, on CPU cores.
+"""What is measured of speed: scoring, generation and training, ours and what a user would pick instead.
 
-    python scripts/bench.py score|train [--size S|M] [--against torch] [--attention blocks|xla] [--json FILE]
+    python scripts/bench.py score|generate|train [--size S|M] [--against torch] [--json FILE]
+    python scripts/bench.py score|generate|train --size 7b         # on an accelerator; toy: on a CPU
 
-Random weights and texts by fixed seeds; `bench_workers.py` says how it is measured. On one core the ratios are
-of CPU-seconds; on two, ours with one device per core, of seconds. Speeds count real tokens: no padding, each of
-the four texts of a scored pair, each of the one text of a trained one. Exit code 1 where results disagree.
+On CPU cores (S, M) variants take turns in one run, `bench_workers.py`: on one core ratios are of CPU-seconds;
+on two, ours with one device per core, of seconds, which mean nothing on a busy machine. On an accelerator
+(7b, and toy to try it) ours stands against the measured peaks of the device, `bench_device.py`. Weights,
+texts and their lengths are random, by fixed seeds. Exit code 1 where results disagree.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.util
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
-import numpy as np
-from bench_workers import (
-    SIZES,
-    Variant,
-    Worker,
-    about,
-    compare,
-    cores,
-    draw_pairs,
-    table,
-    write_json,
-)
+import bench_device
+import bench_generate
+import bench_likelihood
+from bench_workers import SIZES, about, draw_pairs, write_json
 
 from main_jax.lm.arch import DecoderConfig
 
-DEFAULT_PAIRS = {"score": {"S": 32, "M": 12}, "train": {"S": 32, "M": 8}}
-STEPS = 2
-LONGEST = 2048
-END = 2
-TOLERANCE = 1e-4  # nats per token
-TRAINING = {
-    "learning_rate": 1e-4, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8,
-    "max_grad_norm": 1.0,
-}  # fmt: skip
+PAIRS = {
+    "score": {"S": 32, "M": 12},
+    "train": {"S": 32, "M": 8},
+    "generate": {"S": 64, "M": 16},
+}  # what takes a few minutes
+RUNS = {
+    "score": bench_likelihood.score,
+    "train": bench_likelihood.train,
+    "generate": bench_generate.generate,
+}
+GAIN = 4.0
+"""What the projections onto the residual are multiplied by: a model with a tied head that is only drawn
+repeats one token for ever."""
 
 
-# -------------------------------------------------------------------------------- ours, in a worker
-
-
-def _open(path: str, devices: int) -> Any:
-    """Start JAX on so many devices, for good, and load the model."""
-    from main_jax.lm.hf import load_checkpoint
-    from main_jax.lm.runtime import initialize
-    from main_jax.lm.sharding import MeshShape, use_mesh
-
-    initialize(cpu_devices=devices)
-    mesh = use_mesh(MeshShape(data=devices, fsdp=1))
-    mesh.__enter__()  # for as long as the process lives
-    return *load_checkpoint(path), mesh
-
-
-def score_runs(
-    path: str, kinds: Sequence[Sequence[Any]], devices: int, attentions: Sequence[str], budget: int
-) -> dict[str, Any]:
-    """Name the ways to score; each gives the sum of every text, kind after kind."""
-    config, params, _ = _open(path, devices)
-
-    from main_jax.lm.batches import Example
-    from main_jax.lm.model import Decoder
-    from main_jax.models import LanguageModel
-    from main_jax.score import nll_sums
-
-    texts = [[Example(*text) for text in kind] for kind in kinds]
-
-    def run(attention: str) -> list[float]:
-        model = LanguageModel(Decoder(config, attention=attention), params)
-        return [x for kind in texts for x in nll_sums(model, kind, LONGEST, budget)[0].tolist()]
-
-    return {attention: partial(run, attention) for attention in attentions}
-
-
-def train_runs(
-    path: str, steps: Sequence[Sequence[Any]], devices: int, attentions: Sequence[str], remat: str
-) -> dict[str, Any]:
-    """Name the ways to train; each gives the loss of every step and goes on where its last run ended."""
-    config, params, _ = _open(path, devices)
-
-    import jax
-
-    from main_jax.lm.batches import Example, Shape, collate, first_fit, length_bucket, stack
-    from main_jax.lm.model import Decoder
-    from main_jax.lm.sharding import place_rows
-    from main_jax.lm.step import Optimizer, init_state, train_step
-    from main_jax.weighting import Weighting
-
-    rate = np.float32(TRAINING["learning_rate"])
-    optimizer = Optimizer(**{k: v for k, v in TRAINING.items() if k != "learning_rate"})
-    weighting = Weighting("constant")
-    examples = [[Example(*text) for text in step] for step in steps]
-    length = length_bucket(max(len(e.tokens) for step in examples for e in step), LONGEST)
-    rows = max(len(first_fit([len(e.tokens) for e in step], length)) for step in examples)
-    shape = Shape(rows + -rows % devices, length, max(map(len, examples)))
-
-    def fields(count: int) -> dict[str, Any]:
-        return {
-            "weight": np.ones(count, np.float32),
-            "aligned": np.zeros(count, bool),
-            "unit": np.arange(count),
-        }
-
-    states: dict[str, Any] = {}
-
-    def run(attention: str) -> list[float]:
-        decoder = Decoder(config, attention=attention, remat=remat)
-        if attention not in states:
-            own = jax.tree.map(lambda x: x + 0, params)  # the step donates them
-            states[attention] = init_state(own, config, optimizer, weighting)
-        losses = []
-        for step in examples:
-            batch = place_rows(stack([collate(step, shape, fields(len(step)))]), rows_axis=1)
-            states[attention], metrics = train_step(
-                states[attention], batch, rate, np.float32(0),
-                decoder=decoder, optimizer=optimizer, weighting=weighting,
-            )  # fmt: skip
-            losses.append(metrics["loss_nats"])
-        return [float(x) for x in jax.device_get(losses)]
-
-    return {attention: partial(run, attention) for attention in attentions}
-
-
-# -------------------------------------------------------------------------------------- the texts
-
-
-def scored_texts(pairs: Sequence[tuple[Any, Any]]) -> list[list[Any]]:
-    """The texts of the forward and of the reverse model: target given condition, target alone."""
-    kinds = []
-    for forward in (True, False):
-        kind = []
-        for instruction, response in pairs:
-            a, b = (instruction, response) if forward else (response, instruction)
-            kind += [text(a, b), text([], b)]
-        kinds.append(kind)
-    return kinds
-
-
-def text(condition: Any, target: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Join tokens: the beginning, the condition, the target and its end, both of these marked."""
-    tokens = np.asarray([1, *condition, *target, END], np.int32)
-    return tokens, np.arange(len(tokens)) > len(condition)
-
-
-# ------------------------------------------------------------------------------------- comparisons
-
-
-def score(options: argparse.Namespace, path: str, pairs: Any) -> dict[str, Any]:
-    """Compare ways to score."""
-    kinds = scored_texts(pairs)
-    by_length = [sorted(kind, key=lambda text: len(text[0])) for kind in kinds]
-    halves = [[kind[i::2] for kind in by_length] for i in (0, 1)]  # of equal work
-    tokens = sum(len(t) for kind in kinds for t, _ in kind)
-    counts = np.array([marks.sum() for kind in kinds for _, marks in kind])
-    names = [f"budget {n}" for n in (1024, 2048, 4096)] + ["batch 1", "sorted", "padded"]
-
-    def ours(count: int) -> tuple[Any, ...]:
-        return score_runs, path, kinds, count, options.attention, options.budget
-
-    def theirs(part: int | None) -> tuple[Any, ...]:
-        return _theirs("score_runs"), path, kinds if part is None else halves[part]
-
-    return _all_cores(options, tokens, ours, theirs, names, partial(_worst, counts))
-
-
-def train(options: argparse.Namespace, path: str, pairs: Any) -> dict[str, Any]:
-    """Compare ways to train."""
-    size = len(pairs) // STEPS
-    texts = [text(*pair) for pair in pairs]
-    steps = [texts[i * size : (i + 1) * size] for i in range(STEPS)]
-    tokens = sum(len(t) for step in steps for t, _ in step)
-    names = ["packed", "batch 1"] + ["packed, compiled"] * options.compile
-
-    def ours(count: int) -> tuple[Any, ...]:
-        return train_runs, path, steps, count, options.attention, options.remat
-
-    def theirs(part: int | None) -> tuple[Any, ...] | None:
-        wanted = _theirs("train_runs"), path, steps, LONGEST, TRAINING, options.compile
-        return wanted if part is None else None
-
-    return _all_cores(options, tokens, ours, theirs, names, partial(_worst, np.ones(STEPS)))
-
-
-def _theirs(name: str) -> Any:
-    return getattr(importlib.import_module("bench_torch"), name)
-
-
-def _worst(counts: np.ndarray, first: Any, second: Any) -> float:
-    return float(np.max(np.abs(np.asarray(first) - np.asarray(second)) / counts))
-
-
-def _all_cores(
-    options: argparse.Namespace, tokens: int, ours: Any, theirs: Any, names: Any, differ: Any
-) -> dict[str, Any]:
-    """Compare on one core, then on two."""
-    found: dict[str, Any] = {"tokens": tokens}
-    available = cores()
-    for count in options.cores:
-        where = available[:count]
-        if len(where) < count:
-            raise SystemExit(f"--cores {count}: there are only {len(where)}")
-        by = "cpu_seconds" if count == 1 else "seconds"
-        title = f"{count} core{'s' * (count > 1)}"
-        print(f"\n{title}, {tokens:,} tokens", file=sys.stderr, flush=True)
-        ours_worker = Worker(where, *ours(count))
-        workers, variants = [ours_worker], []
-        for attention in options.attention:
-            label = f"main_jax, {attention}" + f", {count} devices" * (count > 1)
-            variants.append(Variant(label, [ours_worker], attention, ours=True))
-        if options.against == "torch":
-            worker = Worker(where, *theirs(None))
-            workers.append(worker)
-            if count > 1:
-                names = [name for name in names if name not in ("padded", "sorted")]
-            variants += [Variant(f"PyTorch, {name}", [worker], name) for name in names]
-            if count > 1 and theirs(0):
-                two = [Worker([core], *theirs(i)) for i, core in enumerate(where)]
-                workers += two
-                label = "PyTorch, 2 processes"
-                variants += [Variant(f"{label}, {name}", two, name) for name in names]
-        try:
-            compare(variants, options.repeats, by)
-        finally:
-            for worker in workers:
-                worker.stop()
-        print(f"\n{title}", end="")
-        rows = table(variants, tokens, by)
-        for variant, row in zip(variants, rows, strict=True):
-            if variant.result is not None:
-                row["differs_by"] = differ(variant.result, variants[0].result)
-        worst = max(row.get("differs_by", 0) for row in rows)
-        print(f"results differ by at most {worst:.1e} nats per token")
-        found[title] = {"by": by, "variants": rows, "differ_by": worst}
-    return found
-
-
-def write_model(folder: str, config: DecoderConfig) -> None:
+def write_model(folder: str, config: DecoderConfig, gain: float) -> None:
     """Write a checkpoint of random weights, for all to read."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
@@ -250,38 +48,51 @@ def write_model(folder: str, config: DecoderConfig) -> None:
     from main_jax.lm.hf import save_checkpoint
     from main_jax.lm.model import Decoder
 
-    save_checkpoint(folder, config, Decoder(config).init(jax.random.key(0)))
+    params = Decoder(config).init(jax.random.key(0))
+    for part, name in (("attention", "o"), ("mlp", "down")):
+        params["layers"][part][name]["kernel"] *= gain
+    save_checkpoint(folder, config, params)
 
 
-def main() -> int:
-    """Measure and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("score", "train"))
-    parser.add_argument("--size", choices=SIZES, default="S")
+def options_of(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=RUNS)
+    parser.add_argument("--size", choices=(*SIZES, *bench_device.SIZES), default="S")
     parser.add_argument("--pairs", type=int, help="default: what takes a few minutes")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="after a first, untimed run")
     parser.add_argument("--cores", type=int, nargs="+", choices=(1, 2), default=[1, 2])
-    parser.add_argument("--against", choices=("torch",))
-    parser.add_argument("--attention", nargs="+", choices=("xla", "blocks"), default=["blocks"])
+    parser.add_argument("--against", choices=("torch",), help="compare with PyTorch's ways")
+    parser.add_argument("--attention", nargs="+", default=["auto"], help="runtime.attention")
     parser.add_argument("--budget", type=int, default=1024, help="score: tokens of a batch")
-    parser.add_argument("--remat", default="none", help="train: see runtime.remat")
+    parser.add_argument("--rows", type=int, nargs="+", default=[32], help="generate: together")
+    parser.add_argument("--remat", default="none", help="train: runtime.remat")
     parser.add_argument("--compile", action="store_true", help="train: also torch.compile")
     parser.add_argument("--json", help="where the results go as well")
-    if importlib.util.find_spec("bench_generate") and "generate" in sys.argv[1:2]:
-        return importlib.import_module("bench_generate").main(sys.argv[2:])
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.against and not importlib.util.find_spec("torch"):
-        raise SystemExit("--against torch: PyTorch is not installed (make torch)")
-    config = SIZES[options.size]
-    pairs = draw_pairs(options.pairs or DEFAULT_PAIRS[options.what][options.size], config)
-    results = {**about(), "what": options.what, "size": options.size, "pairs": len(pairs)}
-    with tempfile.TemporaryDirectory() as folder:
-        write_model(folder, config)
-        results |= {"score": score, "train": train}[options.what](options, folder, pairs)
+        parser.error("--against torch: PyTorch is not installed (make torch)")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure and print the tables."""
+    options = options_of(arguments)
+    results: dict[str, Any] = {**about(), "what": options.what, "size": options.size}
+    if options.size in bench_device.SIZES:
+        results |= bench_device.measure(options)
+    else:
+        config = SIZES[options.size]
+        pairs = draw_pairs(options.pairs or PAIRS[options.what][options.size], config)
+        results["pairs"] = len(pairs)
+        with tempfile.TemporaryDirectory() as folder:
+            write_model(folder, config, GAIN if options.what == "generate" else 1.0)
+            results |= RUNS[options.what](options, folder, pairs)
     if options.json:
         write_json(options.json, results)
-    found = [v for v in results.values() if isinstance(v, dict)]
-    return int(any(v.get("differ_by", 0) > TOLERANCE for v in found))
+    return int(any(v.get("differ") for v in results.values() if isinstance(v, dict)))
 
 
 if __name__ == "__main__":

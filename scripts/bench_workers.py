@@ -89,7 +89,8 @@ class Worker:
 
     def stop(self) -> None:
         """End the process."""
-        self._process.terminate()
+        if self._process.is_alive():
+            self._pipe.send(None)
         self._process.join()
 
 
@@ -98,8 +99,7 @@ def _serve(pipe: Any, cores: tuple[int, ...], build: Callable[..., Runs], argume
         os.sched_setaffinity(0, cores)
     os.environ["OMP_NUM_THREADS"] = str(len(cores))
     runs = build(*arguments)
-    while True:
-        name = pipe.recv()
+    while (name := pipe.recv()) is not None:
         begin, cpu_begin = time.perf_counter(), time.process_time()
         result = runs[name]()
         pipe.send((time.perf_counter() - begin, time.process_time() - cpu_begin, result))

@@ -13,9 +13,10 @@ import numpy as np  # noqa: E402
 from main_jax.lm.arch import DecoderConfig  # noqa: E402
 from main_jax.lm.batches import Example, Unit, UnitStream, pack_table  # noqa: E402
 from main_jax.lm.checkpoint import Checkpoints  # noqa: E402
+from main_jax.lm.decode import empty_state  # noqa: E402
 from main_jax.lm.generate import Sampling, generate  # noqa: E402
 from main_jax.lm.hf import load_checkpoint, save_checkpoint  # noqa: E402
-from main_jax.lm.loss import example_nll  # noqa: E402
+from main_jax.lm.loss import example_nlls  # noqa: E402
 from main_jax.lm.model import Decoder  # noqa: E402
 from main_jax.lm.sharding import (  # noqa: E402
     MeshShape,
@@ -69,7 +70,7 @@ def compute(model: Path, checkpoints: Path) -> dict:
     )  # fmt: skip
     nll = np.zeros(len(EXAMPLES))
     for indices, batch in pack_table(EXAMPLES, 256, 64, row_shards()):
-        sums, counts = example_nll(DECODER, params, place_rows(batch))
+        ((sums, counts),) = example_nlls((DECODER,), (params,), (place_rows(batch),))
         nll[indices] = (np.asarray(sums) / np.asarray(counts))[: len(indices)]
     prompts = [e.tokens for e in EXAMPLES]
     names = [str(i) for i in range(len(EXAMPLES))]
@@ -116,8 +117,8 @@ def misplaced(state, mesh) -> list[str]:
 
 
 def cache_shard() -> list[int]:
-    """What one device holds of the keys in a cache of 16 rows and 40 slots."""
-    cache = jax.jit(lambda: DECODER.init_cache(16, 40))()
+    """What one device holds of the keys in a cache of 16 rows and 128 slots."""
+    cache = empty_state(DECODER, 16, 96, 32).cache
     return list(cache.keys.addressable_shards[0].data.shape)
 
 

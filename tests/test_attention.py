@@ -22,7 +22,6 @@ from main_jax.lm.attention import (
     check_backend,
     choose,
     target_platform,
-    visible,
 )
 from main_jax.lm.sharding import MeshShape, make_mesh, place_rows
 
@@ -38,10 +37,9 @@ CONFIG = DecoderConfig(
 
 
 def rows(*lengths):
-    """Positions and segments of rows of segment lengths, negative ones being padding."""
-    positions = [np.concatenate([np.arange(abs(n)) for n in row]) for row in lengths]
+    """Segments of rows of segment lengths, negative ones being padding."""
     ids = [np.repeat([i + 1 if n > 0 else 0 for i, n in enumerate(r)], np.abs(r)) for r in lengths]
-    return jnp.asarray(positions, jnp.int32), jnp.asarray(ids, jnp.int32)
+    return jnp.asarray(ids, jnp.int32)
 
 
 def random_heads(B, T, N, K, H, dtype="float32"):
@@ -49,17 +47,12 @@ def random_heads(B, T, N, K, H, dtype="float32"):
     return [jnp.asarray(rng.normal(size=(B, T, n, H)), dtype) for n in (N, K, K)]
 
 
-def attend(q, k, v, positions, ids, window=None, backend="auto", packed=True):
-    who = dict(q_positions=positions, k_positions=positions, q_segment_ids=ids, k_segment_ids=ids)
-    return attention(q, k, v, **who, sliding_window=window, backend=backend, packed=packed)
-
-
-def results(backend, q, k, v, positions, ids, window=None):
+def results(backend, q, k, v, ids, window=None):
     """Outputs and the gradients by q, k and v of a random function of them."""
     tilt = np.random.default_rng(4).normal(size=q.shape).astype(np.float32)
 
     def f(q, k, v):
-        out = attend(q, k, v, positions, ids, window, backend)
+        out = attention(q, k, v, ids, window, backend)
         return (out.astype(jnp.float32) * tilt).sum(), out
 
     grads, out = jax.jit(jax.grad(f, argnums=(0, 1, 2), has_aux=True))(q, k, v)
@@ -87,21 +80,10 @@ def assert_same(found, expected, ids):
 )
 def test_splash_equals_xla(heads, window, row):
     T = sum(map(abs, row))
-    positions, ids = rows(row, [-1, T - 10, -9])
+    ids = rows(row, [-1, T - 10, -9])
     q, k, v = random_heads(2, T, *heads)
-    expected = results("xla", q, k, v, positions, ids, window)
-    assert_same(results("splash", q, k, v, positions, ids, window), expected, ids)
-
-
-def test_splash_is_not_used_where_slots_are_not_positions():
-    """A cache with a hole: one query, keys in slots whose order is not that of the positions."""
-    q, k, v = random_heads(1, 6, 2, 1, 8)
-    k_positions, k_segment_ids = jnp.array([[3, 2, 9, 1, 0, 4]]), jnp.array([[1, 1, 0, 1, 1, 1]])
-    q_positions, q_segment_ids = jnp.array([[3]]), jnp.array([[1]])
-    who = dict(q_positions=q_positions, k_positions=k_positions)
-    who |= dict(q_segment_ids=q_segment_ids, k_segment_ids=k_segment_ids)
-    out = [attention(q[:, :1], k, v, **who, backend=b) for b in ("xla", "splash")]
-    np.testing.assert_array_equal(*out)
+    expected = results("xla", q, k, v, ids, window)
+    assert_same(results("splash", q, k, v, ids, window), expected, ids)
 
 
 def tpu_text(f, *args):
@@ -109,11 +91,11 @@ def tpu_text(f, *args):
 
 
 def test_splash_is_lowered_for_a_tpu_where_there_is_none():
-    positions, ids = rows([70, -10, 120])
+    ids = rows([70, -10, 120])
     args = random_heads(1, 200, 4, 2, 64, "bfloat16")
 
-    def loss(q, k, v, packed=True):
-        return attend(q, k, v, positions, ids, 50, packed=packed).astype("float32").sum()
+    def loss(q, k, v):
+        return attention(q, k, v, ids, 50).astype("float32").sum()
 
     step = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
     assert "tpu_custom_call" not in tpu_text(step, *args)
@@ -122,23 +104,22 @@ def test_splash_is_lowered_for_a_tpu_where_there_is_none():
         for phase in ("fwd_segmented_residuals", "dq_segmented", "dkv_segmented"):
             assert f"splash_mha_{phase}" in text
         assert text.count("@tpu_custom_call") == 3
-        assert "tpu_custom_call" not in tpu_text(lambda *x: loss(*x, packed=False), *args)
     assert "tpu_custom_call" not in tpu_text(step, *args)  # nothing is left in JAX's caches
 
 
 def on_eight_devices():
     """Runs in a process of its own: splash under a mesh equals xla without one."""
     for B, N, K in ((4, 4, 2), (3, 3, 1)):  # the mesh divides all of it; none of it
-        positions, ids = rows([40, 20], [-10, 50], [60], [1, -19, 40])
-        positions, ids = positions[:B], ids[:B]
+        ids = rows([40, 20], [-10, 50], [60], [1, -19, 40])
+        ids = ids[:B]
         q, k, v = random_heads(B, 60, N, K, 8)
-        expected = results("xla", q, k, v, positions, ids, 30)
+        expected = results("xla", q, k, v, ids, 30)
         with jax.set_mesh(make_mesh(MeshShape(2, 2, 2))):
             if B == 4:
                 q, k, v = place_rows((q, k, v))
-            assert_same(results("splash", q, k, v, positions, ids, 30), expected, ids)
+            assert_same(results("splash", q, k, v, ids, 30), expected, ids)
             with target_platform("tpu"):
-                text = tpu_text(attend, q, k, v, positions, ids)
+                text = tpu_text(attention, q, k, v, ids)
             shape = "1x2x128x8" if B == 4 else "3x3x128x8"  # of a device's part of q
             assert "tpu_custom_call" in text and f"tensor<{shape}xf32>" in text
     with jax.set_mesh(make_mesh(MeshShape(2, 2, 2))):
@@ -178,14 +159,14 @@ def test_kernels_that_take_a_mask_equal_xla(monkeypatch, name):
     fake.dot_product_attention = fake_kernel
     monkeypatch.setitem(sys.modules, "tokamax", fake)
     monkeypatch.setattr(jax.nn, "dot_product_attention", fake_kernel)
-    positions, ids = rows([20, -7, 34], [-1, 51, -9])
+    ids = rows([20, -7, 34], [-1, 51, -9])
     heads = random_heads(2, 61, 4, 2, 8)
     any_dtype = dataclasses.replace(BACKENDS[name], refuses=lambda *_: None)
     monkeypatch.setitem(BACKENDS, name, any_dtype)
     for window in (None, 5):
-        expected = results("xla", *heads, positions, ids, window)
+        expected = results("xla", *heads, ids, window)
         with target_platform("gpu"):
-            found = results(name, *heads, positions, ids, window)
+            found = results(name, *heads, ids, window)
         assert_same(found, expected, ids)
 
 
@@ -193,7 +174,7 @@ def test_tokamax_is_available_where_it_is_installed(monkeypatch):
     fake = types.ModuleType("tokamax")
     fake.__spec__ = importlib.machinery.ModuleSpec("tokamax", None)
     monkeypatch.setitem(sys.modules, "tokamax", fake)
-    case = dict(platform="gpu", dtype="float32", head_dim=64, packed=True)
+    case = dict(platform="gpu", dtype="float32", head_dim=64)
     assert choose("tokamax", **case) == "tokamax"
     assert choose("auto", **case) == "xla"
 
@@ -202,10 +183,10 @@ def test_cudnn_is_lowered_for_a_gpu_where_there_is_none(monkeypatch):
     internals = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
     version = types.SimpleNamespace(cudnn_get_version=lambda: 91200)
     monkeypatch.setattr(internals, "cuda_versions", version)
-    positions, ids = rows([70, -10, 120])
+    ids = rows([70, -10, 120])
     heads = random_heads(1, 200, 4, 2, 64, "bfloat16")
     with target_platform("gpu"):
-        grads = jax.jit(jax.grad(lambda *x: attend(*x, positions, ids).sum()))
+        grads = jax.jit(jax.grad(lambda *x: attention(*x, ids).sum()))
         text = grads.trace(*heads).lower(lowering_platforms=("cuda",)).as_text()
     assert "@__cudnn$fmhaScaleBiasSoftmax(" in text
     assert "@__cudnn$fmhaScaleBiasSoftmaxBackward(" in text
@@ -215,30 +196,33 @@ def test_cudnn_is_lowered_for_a_gpu_where_there_is_none(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("platform", "dtype", "head_dim", "packed", "expected"),
+    ("platform", "dtype", "head_dim", "expected"),
     [
-        ("cpu", "float32", 64, True, "xla"),
-        ("cpu", "bfloat16", 128, True, "xla"),
-        ("tpu", "bfloat16", 128, True, "splash"),
-        ("tpu", "float32", 20, True, "splash"),
-        ("tpu", "float16", 128, True, "xla"),
-        ("tpu", "bfloat16", 128, False, "xla"),
-        ("gpu", "bfloat16", 128, True, "cudnn"),
-        ("gpu", "float16", 64, True, "cudnn"),
-        ("gpu", "float32", 64, True, "xla"),
-        ("gpu", "bfloat16", 20, True, "xla"),
-        ("gpu", "bfloat16", 256, True, "xla"),
-        ("gpu", "bfloat16", 128, False, "xla"),
-        ("another", "bfloat16", 128, True, "xla"),
+        ("cpu", "float32", 64, "blocks"),
+        ("cpu", "bfloat16", 128, "blocks"),
+        ("tpu", "bfloat16", 128, "splash"),
+        ("tpu", "float32", 20, "splash"),
+        ("tpu", "float16", 128, "xla"),
+        ("gpu", "bfloat16", 128, "cudnn"),
+        ("gpu", "float16", 64, "cudnn"),
+        ("gpu", "float32", 64, "xla"),
+        ("gpu", "bfloat16", 20, "xla"),
+        ("gpu", "bfloat16", 256, "xla"),
+        ("another", "bfloat16", 128, "xla"),
     ],
 )
-def test_auto(platform, dtype, head_dim, packed, expected):
-    case = dict(platform=platform, dtype=dtype, head_dim=head_dim, packed=packed)
+def test_auto(platform, dtype, head_dim, expected):
+    case = dict(platform=platform, dtype=dtype, head_dim=head_dim)
     assert choose("auto", **case) == expected
     assert choose("xla", **case | {"platform": "cpu"}) == "xla"
     if expected != "xla":
         assert choose(expected, **case) == expected
-        assert choose(expected, **case | {"packed": False}) == "xla"
+
+
+def test_short_rows_are_not_worth_tiles():
+    case = dict(platform="cpu", dtype="float32", head_dim=64)
+    assert [choose("auto", **case, length=n) for n in (1, 191, 192)] == ["xla", "xla", "blocks"]
+    assert choose("blocks", **case, length=1) == "blocks"
 
 
 @pytest.mark.parametrize(
@@ -250,7 +234,7 @@ def test_auto(platform, dtype, head_dim, packed, expected):
         ("cudnn", {"platform": "cpu"}, "runs on gpu, not on cpu"),
         ("cudnn", {"dtype": "float32"}, "not float32"),
         ("cudnn", {"head_dim": 20}, "multiples of 8 features up to 128, not 20"),
-        ("cudnn", {"head_dim": 136, "packed": False}, "not 136"),
+        ("cudnn", {"head_dim": 136}, "not 136"),
         ("tokamax", {}, "not installed"),
     ],
 )
@@ -258,7 +242,7 @@ def test_a_backend_asked_for_by_name_that_does_not_apply_says_why(
     monkeypatch, backend, change, words
 ):
     monkeypatch.setitem(sys.modules, "tokamax", None)  # as if it were not installed
-    case = dict(platform="gpu", dtype="bfloat16", head_dim=64, packed=True) | change
+    case = dict(platform="gpu", dtype="bfloat16", head_dim=64) | change
     with pytest.raises(ValueError, match=words):
         choose(backend, **case)
 
@@ -269,14 +253,14 @@ def test_a_backend_asked_for_by_name_that_does_not_apply_says_why(
 def broken(how):
     """The xla backend with one fault."""
 
-    def compute(q, k, v, *who, sliding_window):
+    def compute(q, k, v, segment_ids, sliding_window):
         if how == "raises":
             raise NotImplementedError("no such tile\nand more")
         if how == "one segment":
-            who = (*who[:2], *(jnp.minimum(x, 1) for x in who[2:]))
+            segment_ids = jnp.minimum(segment_ids, 1)
         if how == "window":
             sliding_window += 1
-        out = BACKENDS["xla"].compute(q, k, v, *who, sliding_window=sliding_window)
+        out = BACKENDS["xla"].compute(q, k, v, segment_ids, sliding_window)
         if how == "NaN":
             out = out.at[0, 7].set(jnp.nan)
         if how == "padding":
@@ -320,7 +304,7 @@ def test_a_kernel_that_passes_the_comparison_is_kept(monkeypatch, capsys):
     config = dataclasses.replace(CONFIG, sliding_window=300)
     assert check_backend("splash", "bfloat16", config) == "splash"
     assert list(module._verdicts.values()) == [None]
-    assert check_backend("auto", "bfloat16", config) == "auto"  # xla on a CPU: nothing to compare
+    assert check_backend("auto", "bfloat16", config) == "auto"  # ours on a CPU: nothing to compare
     with target_platform("tpu"):  # no such device: nothing to compare with
         assert check_backend("auto", "bfloat16", CONFIG) == "auto"
         with pytest.raises(ValueError, match="not on tpu"):
@@ -329,24 +313,18 @@ def test_a_kernel_that_passes_the_comparison_is_kept(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_the_comparison_is_on_packed_rows_as_promised(monkeypatch):
-    """Segments in adjacent slots, positions rising by one, padding, several tiles."""
+def test_the_comparison_is_on_several_segments_with_padding(monkeypatch):
+    """Over several tiles, and no multiple of one."""
     seen = []
 
-    def compute(q, k, v, *who, sliding_window):
-        seen.append([np.asarray(x) for x in who])
-        return BACKENDS["xla"].compute(q, k, v, *who, sliding_window=sliding_window)
+    def compute(q, k, v, segment_ids, sliding_window):
+        seen.append(np.asarray(segment_ids))
+        return BACKENDS["xla"].compute(q, k, v, segment_ids, sliding_window)
 
     backend = Backend(compute, ("cpu",), (), lambda *_: None)
     assert module._fault(backend, "float32", CONFIG) is None
-    positions, k_positions, ids, k_ids = seen[0]
-    np.testing.assert_array_equal(positions, k_positions)
-    np.testing.assert_array_equal(ids, k_ids)
+    ids = seen[0]
     assert ids.shape == (2, 1000) and (ids == 0).any() and ids.max() == 5
-    slots = np.tile(np.arange(1000), (2, 1))
-    np.testing.assert_array_equal(
-        visible(positions, positions, ids, ids, 30), visible(slots, slots, ids, ids, 30)
-    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny_decoder import CONFIG, DECODER, drawn_params, logits_of
 
-from main_jax.lm.generate import Sampling, generate, row_key, sample
+from main_jax.lm.generate import Sampling, generate, row_key
+from main_jax.lm.sampling import sample
 
 NEW = 12
 LIMIT = CONFIG.max_position_embeddings - NEW

@@ -11,7 +11,7 @@ from main_jax.lm.batches import Example
 from main_jax.lm.checkpoint import Checkpoints, load_params
 from main_jax.lm.generate import Sampling, generate
 from main_jax.models import LanguageModel, open_checkpoint
-from main_jax.score import nll_sums
+from main_jax.score import Side, nll_sums
 
 
 def drawn_examples(vocab_size: int) -> list[Example]:
@@ -26,7 +26,7 @@ def drawn_examples(vocab_size: int) -> list[Example]:
 def computed(decoder, params) -> tuple:
     """NLLs, greedy and sampled texts."""
     examples = drawn_examples(decoder.config.vocab_size)
-    sums, _ = nll_sums(LanguageModel(decoder, params), examples, 64, 512)
+    ((sums, _),) = nll_sums([Side(LanguageModel(decoder, params), examples, 64)], 512)
     texts = [
         generation.tokens.tolist()
         for sampling in (Sampling(12), Sampling(12, temperature=1.0, top_p=0.9))

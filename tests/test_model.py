@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from main_jax.lm import row_cache
 from main_jax.lm.arch import DecoderConfig, RopeScaling
 from main_jax.lm.attention import attention, visible
 from main_jax.lm.model import REMAT_POLICIES, Decoder
@@ -55,6 +56,12 @@ def run(decoder, params, tokens, positions, segment_ids):
 def run_cached(decoder, params, tokens, positions, segment_ids, cache):
     hidden, cache = decoder.apply(params, tokens, positions, segment_ids, cache)
     return hidden @ decoder.unembed(params), cache
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def prefill(decoder, params, tokens, positions, segment_ids):
+    hidden, new = decoder.apply(params, tokens, positions, segment_ids, prefill=True)
+    return hidden @ decoder.unembed(params), new
 
 
 def pack(*rows):
@@ -358,7 +365,7 @@ def test_bfloat16_is_the_dtype_of_the_computation():
     assert 0 < error.mean() < 0.03 * np.abs(exact).mean()
     grads = jax.eval_shape(functools.partial(gradients, decoder), params, *batch, batch[0])
     assert {x.dtype for x in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
-    assert decoder.init_cache(2, 3).keys.dtype == jnp.bfloat16
+    assert row_cache.empty(decoder, 2, 3).keys.dtype == jnp.bfloat16
 
 
 def test_token_outside_the_vocabulary_is_loud():
@@ -372,24 +379,24 @@ def test_token_outside_the_vocabulary_is_loud():
 
 
 @pytest.mark.parametrize("name", ["plain", "rich"])
-def test_cached_decoding_with_holes_equals_uncached(name):
-    """Right-padded prompts of 7, 3 and 0 tokens, then single tokens, the second row pausing once.
-
-    Slots are shared by the rows, positions are not: padding and the pause leave holes.
-    """
+def test_cached_decoding_equals_uncached(name):
+    """Right-padded prompts of 7, 3 and 1 tokens, then single tokens, the second row pausing once."""
     decoder, params = Decoder(CONFIGS[name]), params_of(CONFIGS[name])
-    prompts = np.array([7, 3, 0])
+    done = np.array([7, 3, 1])
     tokens = np.random.default_rng(6).integers(0, 61, (3, 16)).astype(np.int32)
     positions = np.tile(np.arange(16, dtype=np.int32), (3, 1))
-    ones = np.ones_like(tokens)
-    expected = np.asarray(run(decoder, params, tokens, positions, ones))
+    expected = np.asarray(run(decoder, params, tokens, positions, np.ones_like(tokens)))
 
-    cache = decoder.init_cache(3, 15)
-    real = np.arange(8) < prompts[:, None]
+    real = np.arange(8) < done[:, None]
     prompt = np.where(real, tokens[:, :8], 9)
-    logits, cache = run_cached(decoder, params, prompt, positions[:, :8], real.astype(int), cache)
+    logits, new = prefill(decoder, params, prompt, positions[:, :8], real.astype(int))
     np.testing.assert_allclose(np.asarray(logits)[real], expected[:, :8][real], atol=5e-5)
-    done = prompts.copy()
+    cache = row_cache.empty(decoder, 3, 16)
+    keys, values = (
+        jnp.full_like(old, 1e4).at[:, :, :, :8].set(x.swapaxes(2, 3))  # nothing unwritten is seen
+        for old, x in zip((cache.keys, cache.values), new, strict=True)
+    )
+    cache = dataclasses.replace(cache, keys=keys, values=values, lengths=jnp.asarray(done))
     for step in range(6):
         active = np.array([True, step != 2, True])
         token = np.where(active, tokens[np.arange(3), done], 9)
@@ -399,11 +406,7 @@ def test_cached_decoding_with_holes_equals_uncached(name):
         for b in np.flatnonzero(active):
             np.testing.assert_allclose(logits[b, 0], expected[b, done[b]], atol=5e-5)
         done += active
-    assert int(cache.index) == 14
-    segment_ids = np.asarray(cache.segment_ids)
-    np.testing.assert_array_equal(segment_ids.sum(1), done)
-    np.testing.assert_array_equal(segment_ids[1], [1, 1, 1, 0, 0, 0, 0, 0, 1, 1, 0, 1, 1, 1, 0])
-    np.testing.assert_array_equal(cache.positions[1, 8:14], [3, 4, 5, 5, 6, 7])
+        np.testing.assert_array_equal(cache.lengths, done)
 
 
 # --------------------------------------------------------------------------------------- attention
@@ -416,34 +419,26 @@ def random_attention(rng, B=2, T=9, S=9, N=6, K=2, H=8):
 
 @pytest.mark.parametrize("window", [None, 1, 3])
 def test_visible_is_its_definition(window):
-    rng = np.random.default_rng(7)
-    q_positions, k_positions = rng.integers(0, 8, (2, 5)), rng.integers(0, 8, (2, 7))
-    q_segments, k_segments = rng.integers(0, 3, (2, 5)), rng.integers(0, 3, (2, 7))
-    expected = np.zeros((2, 5, 7), bool)
-    for b, t, s in np.ndindex(2, 5, 7):
-        distance = q_positions[b, t] - k_positions[b, s]
+    ids = np.repeat([[1, 2, 0, 3], [0, 1, 2, 0]], [2, 1, 2, 4], axis=1)
+    expected = np.zeros((2, 9, 9), bool)
+    for b, t, s in np.ndindex(2, 9, 9):
         expected[b, t, s] = (
-            q_segments[b, t] == k_segments[b, s] != 0
-            and distance >= 0
-            and (window is None or distance < window)
+            ids[b, t] == ids[b, s] != 0 and t >= s and (window is None or t - s < window)
         )
     assert expected.any()
-    found = visible(q_positions, k_positions, q_segments, k_segments, window)
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(visible(jnp.asarray(ids), window), expected)
 
 
 def test_attention_equals_jax_and_empty_queries_give_zeros():
     q, k, v = random_attention(np.random.default_rng(8))
-    _, positions, segment_ids = pack([4, -1, 4], [-4, 5])
-    who = dict(q_positions=positions, k_positions=positions)
-    who |= dict(q_segment_ids=segment_ids, k_segment_ids=segment_ids)
+    _, _, segment_ids = pack([4, -1, 4], [-4, 5])
     real = np.asarray(segment_ids) != 0
 
     def ours(q, k, v):
-        return attention(q, k, v, **who, sliding_window=3)
+        return attention(q, k, v, segment_ids, 3)
 
     def theirs(q, k, v):
-        mask = visible(positions, positions, segment_ids, segment_ids, 3)
+        mask = visible(segment_ids, 3)
         return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
 
     out = ours(q, k, v)
@@ -463,19 +458,15 @@ def test_attention_equals_jax_and_empty_queries_give_zeros():
 
 def test_attention_survives_huge_scores():
     q, k, v = random_attention(np.random.default_rng(10))
-    positions = jnp.tile(jnp.arange(9), (2, 1))
-    ones = jnp.ones_like(positions)
-    who = dict(q_positions=positions, k_positions=positions, q_segment_ids=ones, k_segment_ids=ones)
-    out, grads = jax.value_and_grad(lambda q: attention(q * 1e4, k, v, **who).sum())(q)
+    ones = jnp.ones((2, 9), jnp.int32)
+    out, grads = jax.value_and_grad(lambda q: attention(q * 1e4, k, v, ones).sum())(q)
     assert np.isfinite(out) and np.isfinite(grads).all()
 
 
 def test_unknown_backend_is_named():
     q, k, v = random_attention(np.random.default_rng(11))
-    ids = jnp.ones((2, 9), jnp.int32)
-    who = dict(q_positions=ids, k_positions=ids, q_segment_ids=ids, k_segment_ids=ids)
     with pytest.raises(ValueError, match=r"'flash'.*auto.*xla"):
-        attention(q, k, v, **who, backend="flash")
+        attention(q, k, v, jnp.ones((2, 9), jnp.int32), backend="flash")
     with pytest.raises(ValueError, match="'flash'"):
         decoder = Decoder(PLAIN, attention="flash")
         decoder.apply(params_of(PLAIN), *pack([3]))

@@ -151,4 +151,4 @@ def test_outputs_lie_where_the_rules_say(mesh, results):
     # LDF of (2, 48, 88), and what one device holds of it.
     assert found["up_shard"] == [2, 48 // fsdp, 88 // tensor]
     assert found["tokens_shard"][1] * data * fsdp == found["tokens_shape"][1]
-    assert found["cache_shard"] == [2, 16 // (data * fsdp), 40, 4 // tensor, 10]
+    assert found["cache_shard"] == [2, 16 // (data * fsdp), 4 // tensor, 128, 10]

@@ -16,7 +16,7 @@ import pytest
 from tiny_decoder import CONFIG, DECODER, FAST, drawn_params, example, fresh, slow_nll
 
 from main_jax.lm.batches import Example, Shape, Unit, UnitStream, collate
-from main_jax.lm.loss import example_nll, per_example_nll, token_nll
+from main_jax.lm.loss import example_nlls, per_example_nll, token_nll
 from main_jax.lm.step import Optimizer, accumulate, init_state, is_matrix, train_step
 from main_jax.lm.train import TrainingSettings
 from main_jax.weighting import Weighting
@@ -114,7 +114,7 @@ def test_packed_nll_and_gradient_equal_one_by_one():
     for shape, packing in ((Shape(3, 96, 12), True), (Shape(10, 32, 9), False)):
         batch = collate(examples, shape, packing=packing)
         assert packing == (batch.segment_ids.max() > 1)
-        check(*example_nll(DECODER, params, batch))
+        check(*example_nlls((DECODER,), (params,), (batch,))[0])
     batch = collate(examples, Shape(5, 48, 11))
     assert batch.segment_ids.max() > 1
     padded = np.pad(factors, (0, 2), constant_values=3.0)

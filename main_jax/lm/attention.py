@@ -1,22 +1,22 @@
 """Scaled dot-product attention behind one signature, `attention(...)`, with the backend as a name.
 
-A query sees a key iff both lie in the same segment (numbers from 1; 0 is padding), the key's
-position is not after the query's, and, with a sliding window w, it is among the w latest. Positions
-and segments decide, not slot numbers: packed rows, padding on either side and caches with holes are
-all the same case. A query that sees nothing yields zeros, and zero gradients.
+Rows are packed: a segment is the tokens of adjacent slots, in their order (numbers from 1; 0 is
+padding). A query sees a key iff both lie in the same segment, the key's slot is not after the query's,
+and, with a sliding window w, it is among the w latest. A query that sees nothing yields zeros, and
+zero gradients. A step of decoding has its own attention, over the cache: `row_cache.py`.
 
     backend  runs on          auto on  what it is
     splash   tpu, cpu (slow)  tpu      JAX's Pallas kernel; float32, bfloat16
     cudnn    gpu              gpu      cuDNN's flash attention; bfloat16, float16; heads up to 128
     tokamax  gpu                       Tokamax's kernels, where it is installed
-    blocks   cpu                       ours: the tiles that segments reach, `attention_blocks.py`
+    blocks   cpu              cpu      ours: the tiles that segments reach, `attention_blocks.py`
     xla      everywhere       rest     matrix products around a softmax, the scores held densely
 
-All but xla are kernels, and kernels are for packed rows, see `attention`. On a device, compare them
-with xla before they are trusted: `check_backend`.
+Kernels that are not ours are compared with xla, on the device, before they are trusted:
+`check_backend`.
 
-Letters: B rows, T query tokens, S key slots, N query heads, K key-value heads, G = N / K queries to
-one key-value head, H head dimension.
+Letters: B rows, T tokens, N query heads, K key-value heads, G = N / K queries to one key-value head,
+H head dimension.
 """
 
 import importlib.util
@@ -36,17 +36,12 @@ from main_jax.lm.arch import DecoderConfig
 from main_jax.lm.progress import say
 
 
-def visible(
-    q_positions: jax.Array,
-    k_positions: jax.Array,
-    q_segment_ids: jax.Array,
-    k_segment_ids: jax.Array,
-    sliding_window: int | None = None,
-) -> jax.Array:
-    """Say which keys each query sees: `[B, T]` and `[B, S]` integers -> `[B, T, S]` booleans."""
-    distance = q_positions[:, :, None] - k_positions[:, None, :]
-    same = q_segment_ids[:, :, None] == k_segment_ids[:, None, :]
-    mask = same & (q_segment_ids[:, :, None] != 0) & (distance >= 0)
+def visible(segment_ids: jax.Array, sliding_window: int | None = None) -> jax.Array:
+    """Say which keys each query sees: `[B, T]` integers -> `[B, T, T]` booleans, queries first."""
+    slots = jnp.arange(segment_ids.shape[1])
+    distance = slots[:, None] - slots
+    queries = segment_ids[:, :, None]
+    mask = (queries == segment_ids[:, None, :]) & (queries != 0) & (distance >= 0)
     return mask if sliding_window is None else mask & (distance < sliding_window)
 
 
@@ -67,30 +62,29 @@ def platform() -> str:
 class Backend:
     """A way to compute attention and where it applies.
 
-    compute: from q, k, v, the positions of queries and keys, and their segments, all by position,
-    and `sliding_window`. refuses: why it does not take a dtype and a head dimension, or None.
+    compute: from q, k, v, the segment ids and the sliding window, in this order. refuses: why it
+    does not take a dtype and a head dimension, or None. auto_from: slots of a row from which `auto`
+    takes it. foreign: compared with xla before it is trusted. by_hand: cut up by hand on a mesh.
     """
 
     compute: Callable[..., jax.Array]
     platforms: tuple[str, ...]
     auto_on: tuple[str, ...]
     refuses: Callable[[str, int], str | None]
-    kernel: bool = True  # packed rows only, and cut up by hand on a mesh
+    auto_from: int = 0
+    foreign: bool = True
+    by_hand: bool = True
 
 
 def _with_mask(compute: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    def f(q: Any, k: Any, v: Any, *who: Any, sliding_window: int | None) -> jax.Array:
-        return compute(q, k, v, visible(*who, sliding_window))
+    def f(q: Any, k: Any, v: Any, segment_ids: Any, sliding_window: int | None) -> jax.Array:
+        return compute(q, k, v, visible(segment_ids, sliding_window))
 
     return f
 
 
-def _splash(q: Any, k: Any, v: Any, *who: Any, sliding_window: int | None) -> jax.Array:
-    return kernels.splash(q, k, v, who[2], sliding_window, interpret=platform() == "cpu")
-
-
-def _blocks(q: Any, k: Any, v: Any, *who: Any, sliding_window: int | None) -> jax.Array:
-    return attention_blocks.attend(q, k, v, who[2], sliding_window)
+def _splash(q: Any, k: Any, v: Any, segment_ids: Any, sliding_window: int | None) -> jax.Array:
+    return kernels.splash(q, k, v, segment_ids, sliding_window, interpret=platform() == "cpu")
 
 
 def _splash_refuses(dtype: str, head_dim: int) -> str | None:
@@ -114,30 +108,42 @@ BACKENDS: dict[str, Backend] = {
     "splash": Backend(_splash, ("tpu", "cpu"), ("tpu",), _splash_refuses),
     "cudnn": Backend(_with_mask(kernels.cudnn), ("gpu",), ("gpu",), _cudnn_refuses),
     "tokamax": Backend(_with_mask(kernels.tokamax), ("gpu",), (), _tokamax_refuses),
-    "blocks": Backend(_blocks, ("cpu",), (), lambda *_: None),
+    "blocks": Backend(
+        attention_blocks.attend,
+        ("cpu",),
+        ("cpu",),
+        lambda *_: None,
+        auto_from=3 * attention_blocks.TILE,
+        foreign=False,
+    ),
     "xla": Backend(
         _with_mask(kernels.dense),
         ("cpu", "gpu", "tpu"),
         ("cpu", "gpu", "tpu"),
         lambda *_: None,
-        False,
+        foreign=False,
+        by_hand=False,
     ),
 }
 
 
-def choose(backend: str, *, platform: str, dtype: str, head_dim: int, packed: bool) -> str:
+def choose(
+    backend: str, *, platform: str, dtype: str, head_dim: int, length: int | None = None
+) -> str:
     """Name the backend that computes: decided by what is known without looking at numbers.
 
-    `auto` is the first of `BACKENDS` that it takes on the platform and that accepts dtype and heads.
-    Rows that are not packed, those with a cache, are xla's under any name: a step of decoding reads
-    the cache once whatever computes it. `ValueError` for an unknown backend, naming those there are,
-    and for one that does not apply, saying why.
+    `auto` is the first of `BACKENDS` that it takes on the platform, for rows of `length` slots (None:
+    long ones), and that accepts dtype and heads.
+    `ValueError` for an unknown backend, naming those there are, and for one that does not apply,
+    saying why.
     """
     if backend == "auto":
         fits = (
             name
             for name, b in BACKENDS.items()
-            if platform in b.auto_on and (packed or not b.kernel) and not b.refuses(dtype, head_dim)
+            if platform in b.auto_on
+            and (length is None or length >= b.auto_from)
+            and not b.refuses(dtype, head_dim)
         )
         return next(fits, "xla")
     if backend not in BACKENDS:
@@ -148,40 +154,30 @@ def choose(backend: str, *, platform: str, dtype: str, head_dim: int, packed: bo
         reason = f"it runs on {' and '.join(b.platforms)}, not on {platform}"
     if reason:
         raise ValueError(f"attention: {backend} does not apply: {reason}")
-    return backend if packed or not b.kernel else "xla"
+    return backend
 
 
 def attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    *,
-    q_positions: jax.Array,
-    k_positions: jax.Array,
-    q_segment_ids: jax.Array,
-    k_segment_ids: jax.Array,
+    segment_ids: jax.Array,
     sliding_window: int | None = None,
     backend: str = "auto",
-    packed: bool = False,
 ) -> jax.Array:
-    """Attend with queries `[B, T, N, H]` to keys and values `[B, S, K, H]`; N a multiple of K.
+    """Attend with queries `[B, T, N, H]` to keys and values `[B, T, K, H]`; N a multiple of K.
 
-    Positions and segment ids are integers, `[B, T]` for queries and `[B, S]` for keys. `backend` is
-    `auto` or one of `BACKENDS`, see `choose`. Returns `[B, T, N, H]` in the dtype of `v`; the
-    softmax is float32 throughout.
-
-    `packed` is the caller's promise that keys are the queries' own tokens (T = S, no cache) and that
-    a segment lies in adjacent slots, its positions rising by one from slot to slot. Order by slots
-    within a segment, which is all that kernels know, is then order by positions.
+    `segment_ids` are `[B, T]` integers. `backend` is `auto` or one of `BACKENDS`, see `choose`.
+    Returns `[B, T, N, H]` in the dtype of `v`; the softmax is float32 throughout.
     """
-    who = (q_positions, k_positions, q_segment_ids, k_segment_ids)
+    length, _, head_dim = q.shape[1:]
     name = choose(
-        backend, platform=platform(), dtype=q.dtype.name, head_dim=q.shape[-1], packed=packed
+        backend, platform=platform(), dtype=q.dtype.name, head_dim=head_dim, length=length
     )
     compute = partial(BACKENDS[name].compute, sliding_window=sliding_window)
-    if BACKENDS[name].kernel:
-        return kernels.on_mesh(compute, q, k, v, *who)
-    return compute(q, k, v, *who)
+    if BACKENDS[name].by_hand:
+        return kernels.on_mesh(compute, q, k, v, segment_ids)
+    return compute(q, k, v, segment_ids)
 
 
 # -------------------------------------------------------------------------------------- comparison
@@ -199,8 +195,8 @@ def check_backend(backend: str, dtype: str, config: DecoderConfig) -> str:
     asked for by name is a `ValueError`; as is one that `choose` refuses.
     """
     here = platform()
-    name = choose(backend, platform=here, dtype=dtype, head_dim=config.head_dim, packed=True)
-    if not BACKENDS[name].kernel or target_platform.value:
+    name = choose(backend, platform=here, dtype=dtype, head_dim=config.head_dim)
+    if not BACKENDS[name].foreign or target_platform.value:
         return backend
     c = config
     key = (name, dtype, c.num_heads // c.num_kv_heads, c.num_kv_heads, c.head_dim, c.sliding_window)
@@ -224,10 +220,7 @@ def _fault(backend: Backend, dtype: str, config: DecoderConfig) -> str | None:
     # Two rows of segments and (negative) padding, over several tiles and no multiple of one.
     ids = np.stack([_segments(317, 130, -64, 400, 89), _segments(-5, 1, 255, 516, -223)])
     B, T = ids.shape
-    starts = np.diff(ids, axis=1, prepend=-1) != 0
-    slots = np.arange(T)
-    positions = slots - np.maximum.accumulate(np.where(starts, slots, 0), axis=1)
-    who = [jnp.asarray(x, jnp.int32) for x in (positions, positions, ids, ids)]
+    segment_ids = jnp.asarray(ids, jnp.int32)
     K = min(config.num_kv_heads, 2)
     N = config.num_heads // config.num_kv_heads * K
     rng = np.random.default_rng(0)
@@ -240,7 +233,8 @@ def _fault(backend: Backend, dtype: str, config: DecoderConfig) -> str | None:
 
     def run(backend: Backend, dtype: str) -> list[np.ndarray]:
         def f(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-            out = backend.compute(q, k, v, *who, sliding_window=window).astype(jnp.float32)
+            out = backend.compute(q, k, v, segment_ids, sliding_window=window)
+            out = out.astype(jnp.float32)
             return (out * tilt.astype(jnp.float32)).sum(), out
 
         grads_and_out = jax.jit(jax.grad(f, argnums=(0, 1, 2), has_aux=True))

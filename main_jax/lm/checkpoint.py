@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from main_jax.lm.model import Decoder
+from main_jax.lm.sharding import one_copy
 from main_jax.lm.step import TrainState, abstract_params
 from main_jax.lm.weights import CheckpointError, one_line
 
@@ -201,7 +202,8 @@ def load_params(directory: epath.PathLike, decoder: Decoder, *, inference: bool 
     """
     with _readable(directory), Checkpoints(directory, read_only=True) as checkpoints:
         step = _newest(checkpoints, directory)
-        return checkpoints.restore_params(step, decoder, inference=inference)
+        params = checkpoints.restore_params(step, decoder, inference=inference)
+    return one_copy(params) if inference else params
 
 
 def _newest(checkpoints: Checkpoints, directory: epath.PathLike) -> int:

@@ -1,104 +1,61 @@
-"""Sampling: prefill, then decode with a static KV cache until every row has stopped.
+"""Generation: prompts in, new tokens out, with slot refill, so that no row waits for its neighbours.
 
     results = generate(decoder, params, prompts, row_ids, sampling, stop_ids=(2,), seed=0)
 
+The device decodes B rows, `lm/decode.py`; this is the host's part: which prompt goes into which free row,
+and what a row that is done has given. The programs are as many as there are length buckets of prompts, and
+one for decoding (on accelerators a few, see `_width`). Prompts go in longest first: those of one bucket come
+together, and what is looked at of the cache shrinks.
+
 A row's result depends on its id and the seed, not on its neighbours: its random keys are folded from the
 row id, and the length bucket it is padded to follows from its own length.
-
-Letters: B rows, P prompt slots, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from main_jax.lm.attention import platform
 from main_jax.lm.batches import length_bucket
+from main_jax.lm.decode import admit, decode, empty_state
 from main_jax.lm.model import Decoder
-from main_jax.lm.refill import Row, Statistics, collate, run
-from main_jax.lm.sampling import Generation, Sampling, row_key, sample
-from main_jax.lm.sharding import constrain, place_rows, row_shards
+from main_jax.lm.sampling import Generation, Sampling, row_key
+from main_jax.lm.sharding import place_rows, row_shards
 
-__all__ = ["Generation", "Sampling", "generate", "generate_batch", "row_key", "sample"]
+REFILL_SHARE = 1 / 16
+"""Of a device's rows, how many are free before prompts are put there, and are run together."""
 
 
-@partial(jax.jit, static_argnames=("decoder", "sampling", "stop_ids"))
-def generate_batch(
-    params,
-    tokens,
-    lengths,
-    keys,
-    limits=None,
-    *,
-    decoder: Decoder,
-    sampling: Sampling,
-    stop_ids: tuple[int, ...],
-):
-    """Prefill and decode loop of one batch.
+class Row(NamedTuple):
+    """What is asked: token ids, the raw random key, and how many new tokens there may be."""
 
-    Args:
-        params: the model's parameters.
-        tokens: [B, P] int32 prompts, right padded.
-        lengths: [B] int32; 0 marks a row that is only there to fill the batch.
-        keys: [B, 2] uint32 raw keys.
-        limits: [B] int32, new tokens that a row may have; None: max_new_tokens.
-        decoder: the model.
-        sampling: how tokens are drawn.
-        stop_ids: token ids that end a row.
+    prompt: np.ndarray
+    key: np.ndarray
+    limit: int
 
-    Returns:
-        ([B, max_new_tokens] int32 new tokens, [B] int32 their number without the stop token,
-        [B] bool whether a stop token came).
-    """
-    rows, width = tokens.shape
-    new = sampling.max_new_tokens
-    limits = new if limits is None else limits
-    unembed = decoder.unembed(params)
-    stops = jnp.asarray(stop_ids or (-1,), jnp.int32)
-    keys = jax.vmap(jax.random.wrap_key_data)(keys)
 
-    def logits_of(hidden):
-        return jnp.dot(hidden, unembed.astype(hidden.dtype), preferred_element_type=jnp.float32)
+@dataclass
+class Statistics:
+    """What was done; adds up over calls."""
 
-    with jax.named_scope("prefill"):
-        slots = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), tokens.shape)
-        segments = (slots < jnp.maximum(lengths, 1)[:, None]).astype(jnp.int32)
-        cache = decoder.init_cache(rows, width + new)
-        hidden, cache = decoder.apply(params, tokens, slots, segments, cache, prefill=True)
-        last = jnp.maximum(lengths - 1, 0)
-        logits = logits_of(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
+    rows: int = 0
+    new_tokens: int = 0
+    steps: int = 0
+    row_steps: int = 0  # steps times rows
+    live_row_steps: int = 0  # of them, those of a row that was not done
+    prefills: int = 0
+    returns: int = 0  # how often the host was asked
 
-    def unfinished(carry):
-        step, _, _, _, _, stopped = carry
-        return (step < new) & jnp.any(~stopped & (step < limits))
-
-    def decode(carry):
-        step, cache, logits, out, count, stopped = carry
-        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-        token = sample(logits, step_keys, sampling)
-        stopped |= jnp.any(token[:, None] == stops, axis=-1) & (step < limits)
-        live = ~stopped & (step < limits)
-        out = out.at[:, step].set(jnp.where(live, token, 0))
-        count = jnp.where(live, step + 1, count)
-        position = (lengths + step)[:, None]
-        # A finished row goes on writing into its own slots; nobody reads what it writes.
-        hidden, cache = decoder.apply(
-            params, token[:, None], position, jnp.ones((rows, 1), jnp.int32), cache
-        )
-        return step + 1, cache, logits_of(hidden[:, 0]), out, count, stopped
-
-    with jax.named_scope("decode"):
-        carry = (
-            jnp.int32(0), cache, logits, jnp.zeros((rows, new), jnp.int32),
-            jnp.zeros(rows, jnp.int32), lengths == 0,
-        )  # fmt: skip
-        _, _, _, out, count, stopped = jax.lax.while_loop(unfinished, decode, carry)
-    return constrain(out, "ET"), constrain(count, "E"), constrain(stopped, "E")
+    @property
+    def utilisation(self) -> float:
+        """Share of the row steps that served a row."""
+        return self.live_row_steps / max(self.row_steps, 1)
 
 
 def generate(
@@ -108,12 +65,11 @@ def generate(
     row_ids: Sequence[str],
     sampling: Sampling,
     *,
-    stop_ids: tuple[int, ...],
+    stop_ids: Sequence[int],
     seed: int,
     batch_size: int = 32,
     limits: Sequence[int] | None = None,
     on_done: Callable[[int], None] = lambda rows: None,
-    refill: bool = False,
     statistics: Statistics | None = None,
 ) -> list[Generation]:
     """Generates for every prompt, in order.
@@ -129,8 +85,7 @@ def generate(
         batch_size: rows decoded together.
         limits: new tokens that each row may have, max_new_tokens at most, which is the default.
         on_done: is told how many rows were finished, now and then.
-        refill: a finished row makes place for the next prompt at once, see `lm/refill.py`.
-        statistics: what refilling did is added here.
+        statistics: what was done is added here.
 
     Raises ValueError for an empty prompt or one longer than max_position_embeddings − max_new_tokens, and
     for limits outside of 1 to max_new_tokens.
@@ -143,24 +98,102 @@ def generate(
             raise ValueError(f"prompt {row_id}: {len(prompt)} tokens, expected 1 to {limit}")
         if not 0 < most <= new:
             raise ValueError(f"prompt {row_id}: at most {most} new tokens, expected 1 to {new}")
+    if not prompts:
+        return []
     rows = [Row(p, row_key(seed, i), n) for p, i, n in zip(prompts, row_ids, limits, strict=True)]
-    batch_size += -batch_size % row_shards()
-    static: Any = dict(decoder=decoder, sampling=sampling, stop_ids=tuple(stop_ids))
-    if refill:
-        return run(params, rows, batch_size, on_done, statistics or Statistics(), **static)
-    buckets: dict[int, list[int]] = {}
-    for i, row in enumerate(rows):
-        buckets.setdefault(length_bucket(len(row.prompt), limit), []).append(i)
+    statistics = statistics or Statistics()
+    slots = _Slots(rows, limit, batch_size)
+    state = empty_state(decoder, slots.size, max(slots.buckets), new)
     results: list[Generation | None] = [None] * len(rows)
-    for width, members in sorted(buckets.items()):
-        for start in range(0, len(members), batch_size):
-            chosen = members[start : start + batch_size]
-            batch = collate([rows[i] for i in chosen], batch_size, width)
-            out, count, stopped = jax.device_get(
-                generate_batch(params, *place_rows(batch), **static)
-            )
-            for place, i in enumerate(chosen):
-                reason = "stop" if stopped[place] else "length"
-                results[i] = Generation(out[place, : count[place]], reason)
-            on_done(len(chosen))
+    while slots.waiting or slots.busy:
+        while slots.waiting and slots.busy < slots.size:
+            state = admit(params, state, *place_rows(slots.fill()), decoder=decoder)
+            statistics.prefills += 1
+        state, report = decode(
+            params, state, np.int32(slots.until), decoder=decoder, sampling=sampling,
+            stop_ids=tuple(stop_ids), width=_width(int(slots.lengths.max()), state.cache.width),
+        )  # fmt: skip
+        report = jax.device_get(report)
+        done = slots.free(report.live, report.lengths)
+        for place, i in done:
+            count = report.counts[place]
+            reason = "stop" if count < rows[i].limit else "length"
+            results[i] = Generation(report.tokens[place, :count].copy(), reason)
+            statistics.new_tokens += int(count)
+        statistics.rows += len(done)
+        statistics.steps += int(report.steps)
+        statistics.row_steps += int(report.steps) * slots.size
+        statistics.live_row_steps += int(report.live_row_steps)
+        statistics.returns += 1
+        on_done(len(done))
     return [r for r in results if r is not None]
+
+
+def prompts_together(batch_size: int) -> int:
+    """How many prompts are run together, over all devices that have rows."""
+    own = -(-batch_size // row_shards())  # rows of each device
+    return row_shards() * max(1, round(own * REFILL_SHARE))
+
+
+class _Slots:
+    """Who is where: the device's rows, and the prompts that wait for one.
+
+    Each device has rows of its own, so a batch of prompts has a part for each.
+    """
+
+    def __init__(self, rows: Sequence[Row], limit: int, batch_size: int):
+        self.rows, self.shards = rows, row_shards()
+        self.buckets = [length_bucket(len(row.prompt), limit) for row in rows]
+        self.waiting = deque(sorted(range(len(rows)), key=lambda i: -len(rows[i].prompt)))
+        self.own = -(-batch_size // self.shards)  # rows of each device
+        self.few = prompts_together(batch_size) // self.shards
+        self.size = self.own * self.shards
+        self.owner: list[int | None] = [None] * self.size
+        self.lengths = np.zeros(self.size, np.int64)
+
+    @property
+    def busy(self) -> int:
+        """Rows that are not free."""
+        return self.size - self.owner.count(None)
+
+    @property
+    def until(self) -> int:
+        """With how many live rows left the host wants to be asked."""
+        return self.busy - self.shards * self.few if self.waiting else self.busy // 2
+
+    def fill(self) -> tuple[np.ndarray, ...]:
+        """Give free rows to prompts of one bucket; what `decode.admit` wants of them."""
+        bucket = self.buckets[self.waiting[0]]
+        asked, places = {}, np.full(self.shards * self.few, self.own, np.int32)
+        for shard in range(self.shards):
+            free = [r for r in range(self.own) if self.owner[shard * self.own + r] is None]
+            for place, r in enumerate(free[: self.few], shard * self.few):
+                if self.waiting and self.buckets[self.waiting[0]] == bucket:
+                    i = self.owner[shard * self.own + r] = self.waiting.popleft()
+                    asked[place], places[place] = self.rows[i], r
+                    self.lengths[shard * self.own + r] = len(self.rows[i].prompt)
+        return (*collate(asked, len(places), bucket), places)
+
+    def free(self, live: np.ndarray, lengths: np.ndarray) -> list[tuple[int, int]]:
+        """(place, prompt) of the rows that are done, which are free from now on."""
+        done = [(r, i) for r, i in enumerate(self.owner) if i is not None and not live[r]]
+        for r, _ in done:
+            self.owner[r] = None
+        self.lengths = np.array(lengths)
+        return done
+
+
+def collate(rows: Mapping[int, Row], size: int, width: int) -> tuple[np.ndarray, ...]:
+    """By place: [size, width] tokens, [size] lengths, [size, 2] keys, [size] limits; zeros where none is."""
+    tokens = np.zeros((size, width), np.int32)
+    lengths, limits = np.zeros((2, size), np.int32)
+    keys = np.zeros((size, 2), np.uint32)
+    for place, (prompt, key, limit) in rows.items():
+        tokens[place, : len(prompt)] = prompt
+        lengths[place], keys[place], limits[place] = len(prompt), key, limit
+    return tokens, lengths, keys, limits
+
+
+def _width(longest: int, slots: int) -> int:
+    """How many slots to look at: a power of two with room to go on; a CPU looks at what each row has."""
+    return slots if platform() == "cpu" else min(max(256, 1 << (longest + 64).bit_length()), slots)

@@ -26,7 +26,7 @@ from main_jax.lm.hf_config import from_hf, to_hf
 from main_jax.lm.hf_table import Weight, nest, weights
 from main_jax.lm.multihost import first, on_host
 from main_jax.lm.progress import track
-from main_jax.lm.sharding import param_shardings
+from main_jax.lm.sharding import one_copy, param_shardings
 from main_jax.lm.weights import (
     CheckpointError,
     Path,
@@ -139,7 +139,7 @@ def _load_leaf(
         # Waiting keeps the next part from being read before this one's buffer is free.
         placed += jax.block_until_ready([jax.device_put(part, device) for device in devices])
         del part
-    return jax.make_array_from_single_device_arrays(shape, sharding, placed)
+    return one_copy(jax.make_array_from_single_device_arrays(shape, sharding, placed))
 
 
 def _fill(

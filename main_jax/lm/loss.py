@@ -6,6 +6,7 @@ exactly what training optimises.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -95,10 +96,10 @@ def per_example_nll(decoder: Decoder, params, batch: Batch):
         return _sum_by_example(nll, batch), _sum_by_example(jnp.ones_like(nll), batch)
 
 
-@partial(jax.jit, static_argnames=("decoder",))
-def example_nll(decoder: Decoder, params, batch: Batch):
-    """`per_example_nll`, compiled once per batch shape."""
-    return per_example_nll(decoder, params, batch)
+@partial(jax.jit, static_argnames=("decoders",))
+def example_nlls(decoders: tuple[Decoder, ...], params: Sequence, batches: Sequence[Batch]):
+    """`per_example_nll` of several models, each on a batch of its own, in one program."""
+    return tuple(map(per_example_nll, decoders, params, batches))
 
 
 @partial(jax.jit, static_argnames=("decoder",))

@@ -3,7 +3,8 @@
     decoder = Decoder(config, dtype="bfloat16", remat="dots")
     params = decoder.init(jax.random.key(0))
     hidden, _ = decoder.apply(params, tokens, positions, segment_ids)          # train, score
-    hidden, cache = decoder.apply(params, tokens, positions, segment_ids, decoder.init_cache(B, S))
+    hidden, new = decoder.apply(params, tokens, positions, segment_ids, prefill=True)
+    hidden, cache = decoder.apply(params, tokens, positions, segment_ids, cache)   # a step of decoding
 
 Parameters are a plain nested dict of float32 arrays, the layers stacked on a leading axis L:
 
@@ -48,19 +49,6 @@ REMAT_POLICIES: dict[str, Any] = {
 }
 
 
-class Cache(NamedTuple):
-    """Keys and values of the slots written so far, with what decides who sees them.
-
-    A slot is not a position: prompts are right padded, and a hole has segment 0.
-    """
-
-    keys: jax.Array  # [L, B, S, K, H] in the compute dtype, RoPE applied
-    values: jax.Array  # [L, B, S, K, H]
-    positions: jax.Array  # [B, S] int32
-    segment_ids: jax.Array  # [B, S] int32
-    index: jax.Array  # [] int32, the next slot to be written, the same for all rows
-
-
 @dataclass(frozen=True)
 class Decoder:
     """A decoder as a value: hashable, so that it can be a static argument of a jitted function.
@@ -93,18 +81,18 @@ class Decoder:
         tokens: jax.Array,
         positions: jax.Array,
         segment_ids: jax.Array,
-        cache: Cache | RowCache | None = None,
+        cache: RowCache | None = None,
         *,
         prefill: bool = False,
     ) -> tuple[jax.Array, Any]:
         """Run `[B, T]` tokens to `[B, T, D]` hidden states (after the final norm), in `dtype`.
 
-        A token sees the tokens of its segment (0 is padding and sees nothing) at positions up to
-        its own. With a cache, the T tokens are first written at slots `[index, index + T)`, which
-        the caller keeps within S, and attention is over the whole cache, returned with them;
-        `prefill` says that the cache is empty, and attention is over the T tokens alone. With a
-        `RowCache` T is 1, a position is its row's length, and a row of segment 0 stays as it is. A
-        token id outside the vocabulary gives NaN rather than another token's result.
+        A token sees the tokens of its segment (0 is padding and sees nothing) up to itself; a
+        segment lies in adjacent slots, its positions rising by one. `prefill` gives the keys and
+        values for a cache too, `[L, B, T, K, H]` each. With a cache T is 1, a position is its row's
+        length, a row of segment 0 stays as it is, and the cache comes back with the new tokens.
+        Else the second result is None. A token id outside the vocabulary gives NaN rather than
+        another token's result.
         """
         model: Any = _Transformer(self, prefill)
         return model.apply({"params": params}, tokens, positions, segment_ids, cache)
@@ -122,14 +110,6 @@ class Decoder:
         at half the memory where `dtype` is bfloat16. Norms compute in float32.
         """
         return "float32" if name == "scale" else self.dtype
-
-    def init_cache(self, batch_size: int, length: int) -> Cache:
-        """Make an empty cache of `length` slots for `batch_size` rows."""
-        c = self.config
-        shape = (c.num_layers, batch_size, length, c.num_kv_heads, c.head_dim)
-        keys, values = (constrain(jnp.zeros(shape, self.dtype), "LBSKH") for _ in range(2))
-        positions, segment_ids = jnp.zeros((2, batch_size, length), jnp.int32)
-        return Cache(keys, values, positions, segment_ids, index=jnp.zeros((), jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -201,32 +181,23 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def _write(old: jax.Array, new: jax.Array, index: jax.Array, axis: int = 1) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(old, new, index, axis)
-
-
 class _Context(NamedTuple):
     """What all layers share."""
 
     cos: jax.Array  # [B, T, 1, H / 2]
     sin: jax.Array
-    who: dict[str, jax.Array]  # positions and segments of queries and keys
-    index: Any  # where the cache is written: [] int32; None without one
-    rows: RowCache | None
+    segment_ids: jax.Array  # [B, T]
+    cache: RowCache | None
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention, over the T tokens or over a cache that they are written to."""
+    """Grouped-query self-attention, over the T tokens or over a cache and the one after it."""
 
     decoder: Decoder
 
     @nn.compact
-    def __call__(self, x: jax.Array, context: _Context, cached: Any) -> tuple[jax.Array, Any]:
-        """Map `[B, T, D]` to `[B, T, D]` and, if there is a cache, the new keys and values.
-
-        `cached` are its keys and values; () where it is empty; the layer's number where it is
-        `context.rows`; None without one.
-        """
+    def __call__(self, x: jax.Array, context: _Context, layer: jax.Array) -> tuple[jax.Array, Any]:
+        """Map `[B, T, D]` to `[B, T, D]`, with the tokens' keys and values."""
         c = self.decoder.config
         project = functools.partial(Einsum, decoder=self.decoder, use_bias=c.qkv_bias)
         q = project("BTD,DNH->BTNH", name="q")(x)
@@ -237,20 +208,14 @@ class Attention(nn.Module):
             k = RMSNorm(c.rms_norm_eps, name="k_norm")(k)
         with jax.named_scope("rope"):
             q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
-        new = None if cached is None else (k, v)
-        if context.rows is None and cached:
-            k, v = _write(cached[0], k, context.index), _write(cached[1], v, context.index)
         with jax.named_scope("attend"):
-            if context.rows is not None:
-                y = context.rows.attend(cached, q, k, v, c.sliding_window)
+            if context.cache is not None:
+                y = context.cache.attend(layer, q, k, v, c.sliding_window)
             else:
-                # Without a cache before them, the segments of a row lie one after another.
-                y = attention(
-                    q, k, v, **context.who, sliding_window=c.sliding_window,
-                    backend=self.decoder.attention, packed=not cached,
-                )  # fmt: skip
+                backend = self.decoder.attention
+                y = attention(q, k, v, context.segment_ids, c.sliding_window, backend)
         gain = (2 * c.num_layers) ** -0.5
-        return Einsum("BTNH,NHD->BTD", self.decoder, gain=gain, name="o")(y), new
+        return Einsum("BTNH,NHD->BTD", self.decoder, gain=gain, name="o")(y), (k, v)
 
 
 class MLP(nn.Module):
@@ -271,15 +236,17 @@ class Block(nn.Module):
     """One layer, as the body of a scan: the carry is x, `[B, T, D]`."""
 
     decoder: Decoder
+    keep: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array, cached: Any, context: _Context) -> tuple[jax.Array, Any]:
-        """Return x after the layer, and the layer's new keys and values (None without a cache)."""
+    def __call__(self, x: jax.Array, layer: jax.Array, context: _Context) -> tuple[jax.Array, Any]:
+        """Return x after the layer and, to `keep`, the tokens' keys and values."""
         norm = functools.partial(RMSNorm, self.decoder.config.rms_norm_eps)
         y = norm(name="input_norm")(x)
-        y, new = Attention(self.decoder, name="attention")(y, context, cached)
+        y, new = Attention(self.decoder, name="attention")(y, context, layer)
         x += y
-        return x + MLP(self.decoder, name="mlp")(norm(name="post_attention_norm")(x)), new
+        x += MLP(self.decoder, name="mlp")(norm(name="post_attention_norm")(x))
+        return x, new if self.keep else None
 
 
 class _Transformer(nn.Module):
@@ -294,7 +261,7 @@ class _Transformer(nn.Module):
         tokens: jax.Array,
         positions: jax.Array,
         segment_ids: jax.Array,
-        cache: Cache | RowCache | None = None,
+        cache: RowCache | None = None,
     ) -> tuple[jax.Array, Any]:
         """See `Decoder.apply`."""
         c = self.decoder.config
@@ -311,24 +278,6 @@ class _Transformer(nn.Module):
         with jax.named_scope("rope_angles"):
             angles = positions[:, :, None, None].astype(jnp.float32) * c.rope_frequencies()
             cos, sin = jnp.cos(angles), jnp.sin(angles)
-        who = dict(q_positions=positions, q_segment_ids=segment_ids)
-        seen = dict(k_positions=positions, k_segment_ids=segment_ids)
-        cached: Any = None
-        index: Any = None
-        rows = cache if isinstance(cache, RowCache) else None
-        if rows is not None:
-            cached = jnp.arange(c.num_layers)
-        elif cache is not None:
-            index = cache.index
-            written = (
-                _write(cache.positions, positions, index),
-                _write(cache.segment_ids, segment_ids, index),
-            )
-            cached = ()
-            if not self.prefill:
-                cached = (cache.keys, cache.values)
-                seen = dict(zip(seen, written, strict=True))
-
         block: Any = Block
         if self.decoder.remat != "none":
             policy = REMAT_POLICIES[self.decoder.remat]
@@ -340,15 +289,10 @@ class _Transformer(nn.Module):
             in_axes=(0, nn.broadcast),
             length=c.num_layers,
         )
-        x, new = stack(self.decoder, name="layers")(
-            x, cached, _Context(cos, sin, who | seen, index, rows)
+        keep = self.prefill or cache is not None
+        x, new = stack(self.decoder, keep, name="layers")(
+            x, jnp.arange(c.num_layers), _Context(cos, sin, segment_ids, cache)
         )
         x = RMSNorm(c.rms_norm_eps, name="norm")(x)
-        if cache is None:
-            return x, None
         # Layers return only what is new: a donated cache is then written in place, once.
-        if rows is not None:
-            return x, rows.append(*new, segment_ids[:, 0])
-        keys = _write(cache.keys, new[0], index, axis=2)
-        values = _write(cache.values, new[1], index, axis=2)
-        return x, Cache(keys, values, *written, index + tokens.shape[1])
+        return x, new if cache is None else cache.append(*new, segment_ids[:, 0])

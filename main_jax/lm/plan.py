@@ -3,7 +3,7 @@
     with planning(topology.chip.platform, shape, topology.devices):
         memory = compiled_memory(training_program(decoder, optimizer, weighting, batches))
 
-The functions traced here are those that `fit`, `example_nll` and `generate` call, with shapes and places
+The functions traced here are those that `fit`, `nll_sums` and `generate` call, with shapes and places
 instead of arrays. The memory is the compiler's; FLOPs and seconds are arithmetic, with what is assumed in
 `ASSUMED`.
 """
@@ -22,8 +22,10 @@ import numpy as np
 from main_jax.lm.arch import DecoderConfig
 from main_jax.lm.attention import target_platform
 from main_jax.lm.batches import Batch
-from main_jax.lm.generate import Sampling, generate_batch
-from main_jax.lm.loss import example_nll
+from main_jax.lm.decode import abstract_state as rows_state
+from main_jax.lm.decode import admit, decode
+from main_jax.lm.generate import Sampling, collate, prompts_together
+from main_jax.lm.loss import example_nlls
 from main_jax.lm.model import Decoder
 from main_jax.lm.sharding import MeshShape, abstract_rows, make_mesh
 from main_jax.lm.step import ExampleWeights, Optimizer, abstract_params, abstract_state, train_step
@@ -84,24 +86,27 @@ def training_program(
     return Program(train_step, arguments, static)
 
 
-def scoring_program(decoder: Decoder, batch: Batch) -> Program:
-    """`lm.loss.example_nll` for a batch like these host arrays."""
-    arguments = dict(params=abstract_params(decoder, inference=True), batch=abstract_rows(batch))
-    return Program(example_nll, arguments, dict(decoder=decoder))
+def scoring_program(decoder: Decoder, batch: Batch, models: int) -> Program:
+    """`lm.loss.example_nlls` for so many models, with a batch like these host arrays for each."""
+    params, batch = abstract_params(decoder, inference=True), abstract_rows(batch)
+    arguments = dict(params=[params] * models, batches=[batch] * models)
+    return Program(example_nlls, arguments, dict(decoders=(decoder,) * models))
 
 
-def generation_program(
+def generation_programs(
     decoder: Decoder, batch_size: int, width: int, sampling: Sampling
-) -> Program:
-    """`lm.generate.generate_batch`, prefill and decoding, for so many prompts of so many slots."""
-    rows = dict(
-        tokens=np.zeros((batch_size, width), np.int32),
-        lengths=np.zeros(batch_size, np.int32),
-        keys=np.zeros((batch_size, 2), np.uint32),
-    )
-    arguments = dict(params=abstract_params(decoder, inference=True)) | abstract_rows(rows)
-    return Program(
-        generate_batch, arguments, dict(decoder=decoder, sampling=sampling, stop_ids=(0,))
+) -> tuple[Program, Program]:
+    """`lm.decode.admit` and `decode`, for so many rows and prompts of up to so many tokens."""
+    state = rows_state(decoder, batch_size, width, sampling.max_new_tokens)
+    held = dict(params=abstract_params(decoder, inference=True), state=state)
+    prompts = prompts_together(batch_size)
+    names = ("tokens", "lengths", "keys", "limits", "rows")
+    batch = (*collate({}, prompts, width), np.zeros(prompts, np.int32))
+    prefill = held | dict(zip(names, abstract_rows(batch), strict=True))
+    static: dict[str, Any] = dict(decoder=decoder)
+    decoding = static | dict(sampling=sampling, stop_ids=(0,), width=state.cache.width)
+    return Program(admit, prefill, static), Program(
+        decode, held | dict(until=np.int32(0)), decoding
     )
 
 

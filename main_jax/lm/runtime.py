@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from main_jax.lm import progress
 from main_jax.lm.rendezvous import StartError, meet, split
@@ -25,6 +26,10 @@ from main_jax.lm.topology import GPU_MEMORY_SHARE
 SHUTDOWN_TIMEOUT_S = 3600
 """A process that is done waits for the others to be done, however long they write: a lost one shows by
 its heartbeat."""
+
+
+MOST_CPU_DEVICES = 8
+"""Rows of a batch are a multiple of the devices; further cores help each device by its threads."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,10 @@ def initialize(
 
     compile_cache: keep compiled programs in `$XDG_CACHE_HOME/main_jax/xla` (default `~/.cache`); a
     `JAX_COMPILATION_CACHE_DIR` that the user has set wins.
-    cpu_devices: compute on so many CPU devices of this process.
+    cpu_devices: compute on so many CPU devices of this process. By default what computes is JAX's choice, and
+    a CPU is one device per core, up to `MOST_CPU_DEVICES`: with the rows of a batch cut up two devices take
+    half the time of one, two threads of one device more. JAX's own settings win, and one of several
+    processes has one device.
 
     Raises StartError, one line, when the processes do not come together; then end soon and without the
     interpreter's own shutdown (`os._exit`): JAX may still be waiting.
@@ -78,12 +86,30 @@ def initialize(
         jax.config.update("jax_num_cpu_devices", cpu_devices)
         if not os.environ.get("JAX_PLATFORMS"):
             jax.config.update("jax_platforms", "cpu")
+    elif distributed is None and not _cpu_devices_are_set():
+        with suppress(RuntimeError):  # JAX has been used before, in this very process
+            jax.config.update("jax_num_cpu_devices", min(cores(), MOST_CPU_DEVICES))
     if compile_cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "main_jax" / "xla"))
     logging.getLogger("absl").setLevel(logging.ERROR)
     if distributed is not None:
         _join(distributed)
+
+
+def cores() -> int:
+    """How many this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cpu_devices_are_set() -> bool:
+    import jax
+
+    settings: Any = jax.config
+    flag = "xla_force_host_platform_device_count"
+    return settings.jax_num_cpu_devices > 0 or flag in os.environ.get("XLA_FLAGS", "")
 
 
 def detect(environment: Mapping[str, str]) -> str | None:

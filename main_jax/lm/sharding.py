@@ -102,9 +102,14 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
 def use_mesh(shape: MeshShape, *, local: bool = False) -> Generator[None]:
     """What runs inside is sharded over a mesh of this shape. Raises ValueError where it does not fit.
 
-    A `local` mesh is over this process's own devices: what runs inside needs no other process.
+    A `local` mesh is over this process's own devices: what runs inside needs no other process. CPU devices
+    of one process share its memory, and can share one copy of the parameters (`one_copy`): there the default
+    shape means `data` instead of `fsdp`.
     """
-    mesh = make_mesh(shape, jax.local_devices() if local else None)
+    devices = jax.local_devices() if local else None
+    if devices and devices[0].platform == "cpu" and shape == MeshShape():
+        shape = MeshShape(data=-1, fsdp=1)
+    mesh = make_mesh(shape, devices)
     if mesh.size == 1 and current_mesh() is None:
         yield
     else:
@@ -232,6 +237,17 @@ def abstract_rows(tree: Any, rows_axis: int = 0) -> Any:
     return jax.tree.map(abstract, tree)
 
 
+def abstract_like(tree: Any, axes: Any) -> Any:
+    """Shapes, dtypes and places of arrays whose axes are these letters, under a mesh."""
+    mesh = jax.sharding.get_mesh()
+
+    def abstract(x: Any, letters: str) -> jax.ShapeDtypeStruct:
+        place = NamedSharding(mesh, spec(letters, x.shape, mesh))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+    return jax.tree.map(abstract, tree, axes)
+
+
 def _row_sharding(axes: int, rows_axis: int) -> NamedSharding:
     rows = PartitionSpec(*[None] * rows_axis, ROWS) if axes > rows_axis + 1 else PartitionSpec()
     return NamedSharding(jax.sharding.get_mesh(), rows)
@@ -248,6 +264,24 @@ def place_like_params(tree: Any, config: DecoderConfig) -> Any:
         return jax.device_put(x, sharding) if shared else _place(x, sharding)
 
     return jax.tree.map(place, tree, places)
+
+
+def one_copy(tree: Any) -> Any:
+    """The same arrays, those that are whole on several CPU devices in one piece of memory for all of them.
+
+    Donating one makes a copy first, so that the others keep what they have.
+    """
+
+    def share(x: jax.Array) -> jax.Array:
+        shards = x.addressable_shards
+        whole = x.is_fully_replicated and x.is_fully_addressable
+        if len(shards) == 1 or not whole or shards[0].device.platform != "cpu":
+            return x
+        host = np.asarray(shards[0].data)  # a view
+        pieces = [shards[0].data, *(jax.device_put(host, s.device) for s in shards[1:])]
+        return jax.make_array_from_single_device_arrays(x.shape, x.sharding, pieces)
+
+    return jax.tree.map(share, tree)
 
 
 def abstract_like_params(tree: Any, config: DecoderConfig) -> Any:

@@ -21,7 +21,7 @@ from etils import epath
 
 from main_jax.lm.batches import Example, Shape, Unit, UnitStream, pack_table
 from main_jax.lm.checkpoint import BestParams, Checkpoints
-from main_jax.lm.loss import example_nll
+from main_jax.lm.loss import example_nlls
 from main_jax.lm.metrics import MetricsLog, Reporting, Sinks
 from main_jax.lm.model import Decoder
 from main_jax.lm.multihost import Preempted, first, stop_asked
@@ -267,7 +267,7 @@ def mean_nll(
     """Mean NLL in nats per target token over all examples (Σ nll / Σ tokens)."""
     total = count = 0.0
     for _, batch in pack_table(examples, budget, limit, row_shards()):
-        sums, counts = example_nll(decoder, params, place_rows(batch))
+        ((sums, counts),) = example_nlls((decoder,), (params,), (place_rows(batch),))
         total += float(np.sum(np.asarray(sums), dtype=np.float64))
         count += float(np.sum(np.asarray(counts), dtype=np.float64))
     return total / count if count else float("nan")

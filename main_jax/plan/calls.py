@@ -22,7 +22,7 @@ from main_jax.lm import hf
 from main_jax.lm import plan as engine
 from main_jax.lm.arch import PRESETS, PUBLISHED, DecoderConfig
 from main_jax.lm.batches import Example, Unit, UnitStream, length_bucket, pack_table
-from main_jax.lm.generate import Sampling
+from main_jax.lm.generate import Sampling, prompts_together
 from main_jax.lm.model import Decoder
 from main_jax.lm.sharding import MeshShape, row_shards
 from main_jax.lm.topology import Chip, Topology
@@ -98,9 +98,8 @@ def model_of(config: Config) -> DecoderConfig:
 class Call(NamedTuple):
     """A program of a stage, how often it is called, and what a call costs.
 
-    under: the mesh that it is for. resident: bytes per device that are held beside it. flops: of the model,
-    per call, over all devices. shape: of its batch, in words. shorter: overrides that need less memory,
-    as axes from the nearest to the furthest.
+    under: the mesh that it is for. flops: of the model, per call, over all devices. shape: of its batch, in
+    words. shorter: overrides that need less memory, as axes from the nearest to the furthest.
     """
 
     stage: str
@@ -108,7 +107,6 @@ class Call(NamedTuple):
     shape: str
     under: Callable[[], AbstractContextManager]
     program: engine.Program
-    resident: int
     calls: float
     flops: float
     seconds: float
@@ -136,8 +134,8 @@ def calls(config: Config, model: DecoderConfig, topology: Topology, work: Work) 
     })  # fmt: skip
     if align.rounds:
         asked = (work.instruction_tokens + work.response_tokens) / 2
-        yield planner.generation("align", align.sampling, asked, 2 * rounds * work.seed_pairs)
-    yield planner.generation(
+        yield from planner.generation("align", align.sampling, asked, 2 * rounds * work.seed_pairs)
+    yield from planner.generation(
         "augment", config.augment.sampling, work.response_tokens, work.responses
     )
     yield planner.scoring()
@@ -207,7 +205,7 @@ class _Planner:
             flops += n * number * model
             total += n * number * self._step_seconds(model, micro)
         return Call(
-            stage, "training step", f"{micro} × {shape.rows} × {shape.length}", under, program, 0,
+            stage, "training step", f"{micro} × {shape.rows} × {shape.length}", under, program,
             steps, flops / max(1, steps), total / max(1, steps),
             self._less_training(stage, settings, members, shards),
         )  # fmt: skip
@@ -257,22 +255,21 @@ class _Planner:
             shards = row_shards()
             most = shards + budget // 32
             _, batch = next(iter(pack_table([_longest(limit)] * most, budget, limit, shards)))
-            program = engine.scoring_program(self.decoder, batch)
-            other = engine.held_bytes(program.arguments["params"])
+            program = engine.scoring_program(self.decoder, batch, models=2)
         rows, length = batch.tokens.shape
         tokens = self.work.responses * 3 * self.work.pair_tokens
-        flops = engine.forward_flops(self.model, rows * length, length)
+        flops = 2 * engine.forward_flops(self.model, rows * length, length)
         halves = [b for b in _halves(budget) if b >= length * shards]
         return Call(
-            "score", "scorer", f"{rows} × {length}", under, program, other,
-            tokens / (PACKED * rows * length), flops, self._batch_seconds(flops) / self.topology.hosts,
+            "score", "scorer", f"2 × {rows} × {length}", under, program,
+            tokens / (2 * PACKED * rows * length), flops, self._batch_seconds(flops) / self.topology.hosts,
             self._less_inference("--score.tokens_per_batch", halves),
         )  # fmt: skip
 
     def generation(
         self, stage: str, sampling: Sampling, prompt_tokens: float, prompts: float
-    ) -> Call:
-        """Prefill and decoding of a stage; every batch is taken to decode `max_new_tokens`."""
+    ) -> Iterator[Call]:
+        """Prefill and decoding of a stage; every row is taken to decode `max_new_tokens`."""
         c, new = self.model, sampling.max_new_tokens
         limit = c.max_position_embeddings - new
         widest = length_bucket(min(self.config.prompt.max_length, limit), limit)
@@ -283,20 +280,25 @@ class _Planner:
             shards = row_shards()
             batch = self.config.runtime.generation_batch_size
             batch += -batch % shards
-            program = engine.generation_program(self.decoder, batch, widest, sampling)
+            together = prompts_together(batch)
+            prefill, decoding = engine.generation_programs(self.decoder, batch, widest, sampling)
+        less = self._less_inference(
+            "--runtime.generation_batch_size", [b for b in _halves(batch) if b >= shards]
+        )
+        flops = engine.forward_flops(c, together * width, width, head_tokens=together)
+        yield Call(
+            stage, "prefill", f"{together} × {widest}", under, prefill,
+            prompts / together, flops, self._batch_seconds(flops) / self.topology.hosts, less,
+        )  # fmt: skip
         context = width + new / 2
-        flops = engine.forward_flops(c, batch * width, width, head_tokens=batch)
-        seconds = self._batch_seconds(flops)
         cached = 2 * batch / shards * context * c.num_layers * c.num_kv_heads * c.head_dim
         _, _, tensor = self.config.inference_mesh.resolve(len(devices))
         read = self.width * (c.num_params() + cached) / tensor
         token = engine.forward_flops(c, batch, context)
-        seconds += new * self._batch_seconds(token, read)
-        key = "--runtime.generation_batch_size"
-        return Call(
-            stage, "prefill and decoding", f"{batch} × {widest} + {new}", under, program, 0,
-            prompts / batch, flops + new * token, seconds / self.topology.hosts,
-            self._less_inference(key, [b for b in _halves(batch) if b >= shards]),
+        seconds = new * self._batch_seconds(token, read)
+        yield Call(
+            stage, "decoding", f"{batch} × {widest} + {new}", under, decoding,
+            prompts / batch, new * token, seconds / self.topology.hosts, less,
         )  # fmt: skip
 
     def _batch_seconds(self, flops: float, read: float = 0) -> float:

@@ -22,14 +22,9 @@ class Row(NamedTuple):
     chip: Chip
 
     @property
-    def peak(self) -> int:
-        """Bytes per device: of the program, and of what is held beside it."""
-        return self.memory.peak + self.call.resident
-
-    @property
     def fits(self) -> bool:
         """Whether a device holds it."""
-        return self.peak <= self.chip.memory
+        return self.memory.peak <= self.chip.memory
 
     @property
     def hours(self) -> float:
@@ -41,7 +36,7 @@ def compile_row(call: Call, chip: Chip) -> Row:
     """Compiles; not where the arguments alone are too much."""
     with call.under():
         least = call.program.argument_bytes()
-        if least + call.resident > chip.memory:
+        if least > chip.memory:
             return Row(call, engine.Memory(least, None, least), chip)
         return Row(call, engine.compiled_memory(call.program), chip)
 
@@ -125,4 +120,4 @@ def _advice(row: Row, load: Callable, model: DecoderConfig, topology: Topology, 
 
 
 def _share(row: Row) -> str:
-    return f"{row.peak / GIB:.1f} GiB, {row.peak / row.chip.memory:.0%} of a device's memory"
+    return f"{row.memory.peak / GIB:.1f} GiB, {row.memory.peak / row.chip.memory:.0%} of a device's memory"

@@ -21,10 +21,8 @@ def show(plan: Plan) -> str:
     chip, work, lines = plan.topology.chip, plan.work, []
     for row in plan.rows:
         m, c = row.memory, row.call
-        gib = [
-            "?" if x is None else f"{x / GIB:.2f}" for x in (m.arguments, m.temporaries, row.peak)
-        ]
-        share = f"{row.peak / chip.memory:.0%}" + ("" if row.fits else " TOO MUCH")
+        gib = ["?" if x is None else f"{x / GIB:.2f}" for x in (m.arguments, m.temporaries, m.peak)]
+        share = f"{m.peak / chip.memory:.0%}" + ("" if row.fits else " TOO MUCH")
         lines.append((c.stage, c.name, c.shape, *gib, share, f"{c.flops / 1e12:,.0f}",
                       f"{math.ceil(c.calls):,}", f"{row.hours:.1f}"))  # fmt: skip
     devices = len(plan.topology.devices)
@@ -71,7 +69,7 @@ def as_dict(plan: Plan) -> dict:
         "advice": plan.advice,
         "programs": [
             {"stage": r.call.stage, "program": r.call.name, "batch": r.call.shape, **r.memory._asdict(),
-             "resident": r.call.resident, "fits": r.fits, "calls": r.call.calls,
+             "fits": r.fits, "calls": r.call.calls,
              "model_flops_per_call": r.call.flops, "hours": r.hours}
             for r in plan.rows
         ],

@@ -1,0 +1,233 @@
+"""Scoring and training against what a user would write in PyTorch instead, on CPU cores: see `bench.py`.
+
+Speeds count real tokens, no padding: a scored pair has four texts, a trained one has one. A result differs
+where a text's NLL, or a step's loss, is more than `TOLERANCE` nats per token from ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from bench_workers import Variant, Worker, compare, cores, table
+
+STEPS = 2
+LONGEST = 2048
+END = 2
+TOLERANCE = 1e-4  # nats per token
+TRAINING = {
+    "learning_rate": 1e-4, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8,
+    "max_grad_norm": 1.0,
+}  # fmt: skip
+
+
+# -------------------------------------------------------------------------------- ours, in a worker
+
+
+def _open(path: str, devices: int) -> Any:
+    """Start JAX on so many devices, for good, and load the model."""
+    from main_jax.lm.hf import load_checkpoint
+    from main_jax.lm.runtime import initialize
+    from main_jax.lm.sharding import MeshShape, use_mesh
+
+    initialize(cpu_devices=devices)
+    mesh = use_mesh(MeshShape(data=devices, fsdp=1))
+    mesh.__enter__()  # for as long as the process lives
+    return *load_checkpoint(path), mesh
+
+
+def score_runs(
+    path: str, kinds: Sequence[Sequence[Any]], devices: int, attentions: Sequence[str], budget: int
+) -> dict[str, Any]:
+    """Name the ways to score; each gives the sum of every text, kind after kind."""
+    config, params, _ = _open(path, devices)
+
+    from main_jax.lm.batches import Example
+    from main_jax.lm.model import Decoder
+    from main_jax.models import LanguageModel
+    from main_jax.score import Side, nll_sums
+
+    texts = [[Example(*text) for text in kind] for kind in kinds]
+
+    def run(attention: str) -> list[float]:
+        model = LanguageModel(Decoder(config, attention=attention), params)
+        sides = [Side(model, kind, LONGEST) for kind in texts]
+        return [x for sums, _ in nll_sums(sides, budget) for x in sums.tolist()]
+
+    return {attention: partial(run, attention) for attention in attentions}
+
+
+def train_runs(
+    path: str, steps: Sequence[Sequence[Any]], devices: int, attentions: Sequence[str], remat: str
+) -> dict[str, Any]:
+    """Name the ways to train; each gives the loss of every step and goes on where its last run ended."""
+    config, params, _ = _open(path, devices)
+
+    import jax
+
+    from main_jax.lm.batches import Example, Shape, collate, first_fit, length_bucket, stack
+    from main_jax.lm.model import Decoder
+    from main_jax.lm.sharding import place_rows
+    from main_jax.lm.step import Optimizer, init_state, train_step
+    from main_jax.weighting import Weighting
+
+    rate = np.float32(TRAINING["learning_rate"])
+    constants = {name: value for name, value in TRAINING.items() if name != "learning_rate"}
+    optimizer = replace(Optimizer(), **constants)
+    weighting = Weighting("constant")
+    examples = [[Example(*text) for text in step] for step in steps]
+    length = length_bucket(max(len(e.tokens) for step in examples for e in step), LONGEST)
+    rows = max(len(first_fit([len(e.tokens) for e in step], length)) for step in examples)
+    shape = Shape(rows + -rows % devices, length, max(map(len, examples)))
+
+    def fields(count: int) -> dict[str, Any]:
+        return {
+            "weight": np.ones(count, np.float32),
+            "aligned": np.zeros(count, bool),
+            "unit": np.arange(count),
+        }
+
+    states: dict[str, Any] = {}
+
+    def run(attention: str) -> list[float]:
+        decoder = Decoder(config, attention=attention, remat=remat)
+        if attention not in states:
+            own = jax.tree.map(lambda x: x + 0, params)  # the step donates them
+            states[attention] = init_state(own, config, optimizer, weighting)
+        losses = []
+        for step in examples:
+            batch = place_rows(stack([collate(step, shape, fields(len(step)))]), rows_axis=1)
+            states[attention], metrics = train_step(
+                states[attention], batch, rate, np.float32(0),
+                decoder=decoder, optimizer=optimizer, weighting=weighting,
+            )  # fmt: skip
+            losses.append(metrics["loss_nats_per_token"])
+        return [float(x) for x in jax.device_get(losses)]
+
+    return {attention: partial(run, attention) for attention in attentions}
+
+
+# -------------------------------------------------------------------------------------- the texts
+
+
+def scored_texts(pairs: Sequence[tuple[Any, Any]]) -> list[list[Any]]:
+    """The texts of the forward and of the reverse model: target given condition, target alone."""
+    kinds = []
+    for forward in (True, False):
+        kind = []
+        for instruction, response in pairs:
+            a, b = (instruction, response) if forward else (response, instruction)
+            kind += [text(a, b), text([], b)]
+        kinds.append(kind)
+    return kinds
+
+
+def text(condition: Any, target: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Join tokens: the beginning, the condition, the target and its end, both of these marked."""
+    tokens = np.asarray([1, *condition, *target, END], np.int32)
+    return tokens, np.arange(len(tokens)) > len(condition)
+
+
+# ------------------------------------------------------------------------------------- comparisons
+
+
+def score(options: argparse.Namespace, path: str, pairs: Any) -> dict[str, Any]:
+    """Compare ways to score."""
+    kinds = scored_texts(pairs)
+    by_length = [sorted(kind, key=lambda text: len(text[0])) for kind in kinds]
+    halves = [[kind[i::2] for kind in by_length] for i in (0, 1)]  # of equal work
+    tokens = sum(len(t) for kind in kinds for t, _ in kind)
+    counts = np.array([marks.sum() for kind in kinds for _, marks in kind])
+    names = [f"budget {n}" for n in (1024, 2048, 4096)] + ["batch 1", "sorted", "padded"]
+
+    def ours(count: int) -> tuple[Any, ...]:
+        return score_runs, path, kinds, count, options.attention, options.budget
+
+    def theirs(part: int | None) -> tuple[Any, ...]:
+        return _theirs("score_runs"), path, kinds if part is None else halves[part]
+
+    return _all_cores(options, tokens, ours, theirs, names, partial(_worst, counts))
+
+
+def train(options: argparse.Namespace, path: str, pairs: Any) -> dict[str, Any]:
+    """Compare ways to train."""
+    size = len(pairs) // STEPS
+    texts = [text(*pair) for pair in pairs]
+    steps = [texts[i * size : (i + 1) * size] for i in range(STEPS)]
+    tokens = sum(len(t) for step in steps for t, _ in step)
+    names = ["packed", "batch 1"] + ["packed, compiled"] * options.compile
+
+    def ours(count: int) -> tuple[Any, ...]:
+        return train_runs, path, steps, count, options.attention, options.remat
+
+    def theirs(part: int | None) -> tuple[Any, ...] | None:
+        wanted = _theirs("train_runs"), path, steps, LONGEST, TRAINING, options.compile
+        return wanted if part is None else None
+
+    return _all_cores(options, tokens, ours, theirs, names, partial(_worst, np.ones(STEPS)))
+
+
+def _theirs(name: str) -> Any:
+    return getattr(importlib.import_module("bench_torch"), name)
+
+
+def _worst(counts: np.ndarray, first: Any, second: Any) -> float:
+    return float(np.max(np.abs(np.asarray(first) - np.asarray(second)) / counts))
+
+
+def _all_cores(
+    options: argparse.Namespace, tokens: int, ours: Any, theirs: Any, names: Any, differ: Any
+) -> dict[str, Any]:
+    """Compare on one core, then on two."""
+    found: dict[str, Any] = {"tokens": tokens}
+    for count in options.cores:
+        by = "cpu_seconds" if count == 1 else "seconds"
+        title = f"{count} core{'s' * (count > 1)}"
+        print(f"\n{title}, {tokens:,} tokens", file=sys.stderr, flush=True)
+        workers, variants = _variants(options, count, ours, theirs, names)
+        try:
+            compare(variants, options.repeats, by)
+        finally:
+            for worker in workers:
+                worker.stop()
+        print(f"\n{title}", end="")
+        rows = table(variants, tokens, by)
+        for variant, row in zip(variants, rows, strict=True):
+            if variant.result is not None:
+                row["differs_by"] = differ(variant.result, variants[0].result)
+        worst = max(row.get("differs_by", 0) for row in rows)
+        print(f"results differ by at most {worst:.1e} nats per token")
+        found[title] = {"by": by, "variants": rows, "differ": worst > TOLERANCE}
+    return found
+
+
+def _variants(
+    options: argparse.Namespace, count: int, ours: Any, theirs: Any, names: Sequence[str]
+) -> tuple[list[Worker], list[Variant]]:
+    """Start the workers of so many cores; on two, PyTorch's with two threads, and two with one each."""
+    where = cores()[:count]
+    if len(where) < count:
+        raise SystemExit(f"--cores {count}: there is only one")
+    worker = Worker(where, *ours(count))
+    workers, variants = [worker], []
+    for attention in options.attention:
+        label = f"main_jax, {attention}" + f", {count} devices" * (count > 1)
+        variants.append(Variant(label, [worker], attention, ours=True))
+    if options.against == "torch":
+        worker = Worker(where, *theirs(None))
+        workers.append(worker)
+        if count > 1:
+            names = [name for name in names if name not in ("padded", "sorted")]
+        variants += [Variant(f"PyTorch, {name}", [worker], name) for name in names]
+        if count > 1 and theirs(0):
+            two = [Worker([core], *theirs(i)) for i, core in enumerate(where)]
+            workers += two
+            label = "PyTorch, 2 processes"
+            variants += [Variant(f"{label}, {name}", two, name) for name in names]
+    return workers, variants

@@ -175,7 +175,8 @@ def select(
     if how == "threshold":
         return eligible & (sign * column <= sign * amount)
     if how == "quantile":
-        return eligible & (sign * column <= np.quantile(sign * column[pool], amount))
+        known = sign * column[pool]  # but for pairs without a grade
+        return eligible & (sign * column <= np.nanquantile(known, amount))
     k = math.floor(amount * pool.sum() + 0.5) if how == "fraction" else int(amount)
     order = sorted(np.flatnonzero(eligible), key=lambda i: (sign * column[i], ids[i]))
     kept[order[:k]] = True

@@ -144,6 +144,8 @@ def open_run(config: Config) -> Run:
         _ = run.sources
     _ = run.template
     if config.score.self_curation:
+        if run.world:
+            raise UserError("score.self_curation: the world's words have no grades; give a model")
         _ = run.curation_prompt
     check_output(run.path, "output_dir")
     for name in config.runtime.report_to:
@@ -163,6 +165,8 @@ def open_run(config: Config) -> Run:
         _ = run.model_path  # found, or fetched, once everything else is as it should be
         check_lengths(config, run.base.decoder.config.max_position_embeddings)
         _ = run.prompt  # opens and checks the tokenizer
+        if config.score.self_curation:
+            Curator(run.prompt, run.curation_prompt)  # which has to tell the grades apart
         if config.data.eval_path:  # which is read at the end: a mistake in it is to be known now
             for _ in read_pairs(run.sources["eval"]):
                 pass

@@ -402,6 +402,14 @@ def test_self_curation_takes_the_best_graded_and_nothing_that_was_not_graded():
     assert everything["keep"].to_pylist() == [True, False, True, True, True, False]
 
 
+def test_a_quantile_of_grades_leaves_out_who_has_none():
+    base = {**dict.fromkeys(SIDES, 4.0), "forward_tokens": 2, "reverse_tokens": 2}
+    grades = [1.0, None, 4.0, 2.0, 3.0]
+    rows = [{"id": f"r{i}", "rating": g} | base for i, g in enumerate(grades)]
+    table = with_filter(table_of(rows), "self_curation", "quantile", 0.5, 0)  # 2.5 or more
+    assert table["keep"].to_pylist() == [False, False, True, False, True]
+
+
 def test_without_grades_there_is_no_self_curation():
     rows = [{"id": "a", **dict.fromkeys(SIDES, 4.0), "forward_tokens": 2, "reverse_tokens": 2}]
     assert "self_curation" not in score_columns(table_of(rows), seed=0)

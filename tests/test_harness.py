@@ -569,6 +569,8 @@ def test_two_processes_give_what_one_gives(model, tasks, tmp_path):
         found.append((json.loads(output.read_text()), [json.loads(line) for line in lines]))
     (one, samples), (two, others) = found
     assert one["results"].keys() == two["results"].keys()
+    for name, values in one["results"].items():
+        assert two["results"][name] == pytest.approx(values, rel=1e-5), name
     assert_same(answers(others), answers(samples))
     assert not (tmp_path / "two.json.partial").exists()
 
@@ -613,3 +615,18 @@ def test_calls_are_kept_by_their_requests(tmp_path):
     assert ask("a", "b", "c") == ["A", "B", "C"] and asked == ["a", "b", "c"]
     assert ask("a", "b") == ["A", "B"] and asked == ["a", "b", "c", "a", "b"]
     assert sorted(len(parts.Rows(folder)) for folder in tmp_path.glob("000-*")) == [2, 3]
+
+
+@pytest.mark.parametrize(
+    "text", ["no such task", "e\u0301" * 3000, "🙂\n" * 2000, '\x00"\\' * 2000, "\ud800" * 900]
+)
+def test_any_error_fits_a_message(text):
+    """Other shapes in other processes would end them all with an error of another kind."""
+    from main_jax.evaluation.calls import MESSAGE_BYTES, cut, packed
+
+    message = packed({"error": cut(text)})
+    assert message.shape == (MESSAGE_BYTES,)
+    told = json.loads(message.tobytes())["error"]
+    assert told and text.replace("\ud800", "?").startswith(told) and len(told.encode()) <= 600
+    assert len(text) > 600 or told == text
+    assert packed(None).shape == (MESSAGE_BYTES,)

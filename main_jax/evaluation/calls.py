@@ -29,6 +29,8 @@ Answer = Callable[[Sequence[dict], Callable[[int], None]], list[dict]]
 
 ROWS_OF_A_FILE = 8192
 MESSAGE_BYTES = 4096
+ERROR_BYTES = 600
+"""Of an error's text: as JSON at most six times as many, where every byte of it is escaped."""
 
 
 class Calls:
@@ -49,7 +51,7 @@ class Calls:
             found = work()
         except Exception as error:
             if not self._answering:  # else the others are at work, and do not listen
-                _tell({"error": str(error)[:1000]})
+                _tell({"error": cut(str(error))})
             raise
         _tell({})
         return found
@@ -86,6 +88,17 @@ def _tell(message: dict | None = None) -> dict:
     if jax.process_count() == 1:
         return message or {}
     barrier("what process 0 asks next")
-    told = json.dumps(message).encode().ljust(MESSAGE_BYTES)
-    told = multihost_utils.broadcast_one_to_all(np.frombuffer(told, np.uint8))
+    told = multihost_utils.broadcast_one_to_all(packed(message))
     return json.loads(np.asarray(told, np.uint8).tobytes())
+
+
+def cut(text: str) -> str:
+    """The beginning of an error's text that fits a message."""
+    return text.encode(errors="replace")[:ERROR_BYTES].decode(errors="ignore")
+
+
+def packed(message: dict | None) -> np.ndarray:
+    """[MESSAGE_BYTES] uint8: all that is broadcast must have one shape in every process."""
+    told = json.dumps(message, ensure_ascii=False).encode().ljust(MESSAGE_BYTES)
+    assert len(told) == MESSAGE_BYTES, "longer than a message may be"
+    return np.frombuffer(told, np.uint8)

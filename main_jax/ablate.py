@@ -11,6 +11,7 @@ data. All are runs as any other: what is stopped or killed continues with the sa
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
@@ -20,7 +21,6 @@ from etils import epath
 from main_jax import pipeline
 from main_jax.config import Config
 from main_jax.errors import UserError
-from main_jax.evaluate import read_results
 from main_jax.filter import SCORES
 from main_jax.finetune import EPOCHS
 from main_jax.lm.progress import say
@@ -137,7 +137,8 @@ def _config(
 
 def _figures(run: Run) -> dict[str, Any]:
     """What a run has found, as name -> arm or score -> number."""
-    results = read_results(run)
+    # The stage's own file: `RUN/results.json` is what the first process makes of it for people, later.
+    results = json.loads((run.directory("evaluate") / "results.json").read_text())
     figures: dict[str, dict[str, float]] = {}
     for arm, found in results["arms"].items():
         for name, value in found.items():

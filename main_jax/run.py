@@ -313,6 +313,7 @@ SHARED = "shared.json"
 def share(path: epath.Path, stages: Sequence[str], folder: str) -> None:
     """Makes stages of the run in `folder`, seen from the run in `path`, its own."""
     write_json(path / SHARED, dict.fromkeys(stages, folder))
+    barrier(f"{path}: shared")  # before others look for those stages
 
 
 def stage_folder(path: epath.Path, stage: Stage) -> epath.Path:

@@ -68,10 +68,12 @@ def test_mistakes_are_one_line_before_any_work(words, said, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def start(folder: Path, cache: Path) -> subprocess.Popen:
+def start(
+    folder: Path, cache: Path, *before: str, asked: tuple[str, ...] = ASKED
+) -> subprocess.Popen:
     words = [w for key, value in SHORT.items() for w in (f"--{key}", str(value))]
-    command = [sys.executable, "-m", "main_jax.cli", "ablate", str(ROOT / "configs" / "demo.yaml"),
-               "--output_dir", str(folder), *ASKED, *words]  # fmt: skip
+    command = [sys.executable, "-m", "main_jax.cli", *before, "ablate", str(ROOT / "configs/demo.yaml"),
+               "--output_dir", str(folder), *asked, *words]  # fmt: skip
     log = folder.with_suffix(".log").open("a")
     environment = os.environ | {"XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
@@ -126,3 +128,37 @@ def test_killed_it_continues_and_shares_what_it_can(tmp_path):
         assert steps["none"] == steps["mutual"] == SHORT["finetune.max_steps"]
         share = (seeds + counts["none_kept"]) / (seeds + counts["mutual_kept"])
         assert abs(steps["none-epochs"] - share * steps["mutual"]) <= 1 and share > 1.3
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(tmp_path):
+    asked = (
+        "--filters",
+        "none,mutual",
+        "--rounds",
+        "0,1",
+        "--weighting",
+        "pair_ratio",
+        "--seeds",
+        "1",
+    )
+    cache, one, two = tmp_path / "cache", tmp_path / "one", tmp_path / "two"
+    launch = ("launch", "--num-processes", "2", "--cpu-devices", "1", "--")
+    assert start(one, cache, asked=asked).wait(600) == 0
+    assert start(two, cache, *launch, asked=asked).wait(600) == 0, two.with_suffix(
+        ".log"
+    ).read_text()
+    assert two.with_suffix(".log").read_text().count("Mean ± standard deviation") == 1  # one speaks
+    found, expected = results(two), results(one)
+    assert found.keys() == expected.keys() and list(found["variants"]) == [
+        "rounds-0", "rounds-1-pair_ratio",
+    ]  # fmt: skip
+    for name, figures in expected["variants"].items():
+        assert found["variants"][name].keys() == figures.keys()
+        for key, arms in figures.items():
+            # Greedy answers of short trainings: rounding over another mesh may turn some of them.
+            for arm, wanted in arms.items():
+                assert found["variants"][name][key][arm]["mean"] == pytest.approx(
+                    wanted["mean"], abs=0.1
+                )
+    assert not (two / "seed-0" / "rounds-1-pair_ratio" / "stages" / "00-world").exists()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
@@ -21,6 +21,7 @@ from etils import epath
 from main_jax import pipeline
 from main_jax.config import Config
 from main_jax.errors import UserError
+from main_jax.evaluate import TEST_NLL
 from main_jax.filter import SCORES
 from main_jax.finetune import EPOCHS
 from main_jax.lm.progress import say
@@ -55,7 +56,7 @@ def ablate(
     rounds: Sequence[int],
     weightings: Sequence[str],
     seeds: int,
-    equal_epochs: Sequence[str] = ("none",),
+    equal_epochs: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Runs everything; writes and returns `ablation.json`. Raises UserError.
 
@@ -65,9 +66,15 @@ def ablate(
         rounds: values of K.
         weightings: strategies of the weight of aligned pairs; they differ only where K is 1 or more.
         seeds: how many, from `config.seed` on.
-        equal_epochs: filters whose set is also trained for as many epochs as that of the main filter.
+        equal_epochs: filters whose set is also trained for as many epochs as that of the main filter; by
+            default `none`, where it is one of the filters.
     """
-    arms = [*filters, *(f"{name}{EPOCHS}" for name in equal_epochs if name in filters)]
+    if equal_epochs is None:
+        equal_epochs = [name for name in ("none",) if name in filters]
+    for name in equal_epochs:
+        if name not in filters:
+            raise UserError(f"--equal-epochs: {name} is none of --filters{nearest(name, filters)}")
+    arms = [*filters, *(f"{name}{EPOCHS}" for name in equal_epochs)]
     for name in weightings:
         if name not in get_args(Strategy):
             raise UserError(
@@ -140,15 +147,24 @@ def _figures(run: Run) -> dict[str, Any]:
     # The stage's own file: `RUN/results.json` is what the first process makes of it for people, later.
     results = json.loads((run.directory("evaluate") / "results.json").read_text())
     figures: dict[str, dict[str, float]] = {}
-    for arm, found in results["arms"].items():
+    for model, found in _models(results):
         for name, value in found.items():
             if isinstance(value, (int, float)):
-                figures.setdefault(name, {})[arm] = value
+                figures.setdefault(name, {})[model] = value
     for name in ("auroc", "reverse_accuracy"):
         figures |= {name: results[name]} if name in results else {}
     for kind, found in results.get("auroc_by_kind", {}).items():
         figures[f"auroc_{kind}"] = found
+    for kept, found in results.get("precision_at", {}).items():
+        figures[f"{PRECISION_AT}{kept}"] = found
     return figures
+
+
+def _models(results: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """What was found of every arm, and on data of one's own of the base and on one's own questions."""
+    yield from ({"base": results["base"]} if "base" in results else {}).items()
+    yield from results["arms"].items()
+    yield from results.get("test", {}).get("models", {}).items()
 
 
 def _over_seeds(of_seeds: Mapping[int, Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
@@ -167,9 +183,11 @@ def _over_seeds(of_seeds: Mapping[int, Mapping[str, Mapping[str, float]]]) -> di
     return merged
 
 
+PRECISION_AT = "precision_at_"
 COLUMNS = {
     "precision": "precision", "heldout": "held-out", "paraphrase": "paraphrase", "seen": "seen",
     "kept_pairs": "kept pairs", "validation_nll_nats_per_token": "held-out NLL (nats/token)",
+    "right": "right", TEST_NLL: "your references' NLL (nats/token)",
 }  # fmt: skip
 
 
@@ -185,7 +203,10 @@ def show(results: Mapping[str, Any]) -> str:
             cells = [_cell(figures[key].get(arm)) for key in columns]
             shown = arm.removesuffix(EPOCHS) + (" (equal epochs)" if arm.endswith(EPOCHS) else "")
             lines.append(f"| {shown} | " + " | ".join(cells) + " |")
-        for key, title in (("auroc", "AUROC"), ("reverse_accuracy", "Reverse accuracy")):
+        shares = {key: key.removeprefix(PRECISION_AT) for key in figures if PRECISION_AT in key}
+        facts = {"auroc": "AUROC", "reverse_accuracy": "Reverse accuracy"}
+        facts |= {key: f"Precision of the best {float(n):.0%}" for key, n in shares.items()}
+        for key, title in facts.items():
             if key in figures:
                 found = ", ".join(f"`{n}` {_cell(v)}" for n, v in figures[key].items())
                 lines += ["", f"{title}: {found}."]

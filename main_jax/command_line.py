@@ -98,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
         "ablate",
         "filters, weightings and rounds against each other, over seeds",
         "examples:\n  main-jax ablate configs/demo.yaml --output_dir runs/ablation\n"
-        "  main-jax ablate configs/own_data.yaml --filters none,random,forward_ce,ifd,mutual"
+        "  main-jax ablate configs/own_data.yaml --filters seed_only,none,random,forward_ce,mutual"
         " --rounds 0,1 --seeds 3\n\n"
         "Writes ablation.json, ablation.md and ablation.html; docs/results.md shows one. What is stopped\n"
         "or killed continues with the same command.",
@@ -358,12 +358,13 @@ def _add_ablation(parser: argparse.ArgumentParser) -> None:
             name, metavar="A,B,...", type=kind, default=kind(default), help=f"{text} ({default})"
         )
 
-    add("--filters", "none,random,length,forward_ce,ifd,mutual", "final sets to train on")
+    add("--filters", "seed_only,none,random,length,forward_ce,ifd,mutual", "final sets to train on")
     add("--weighting", "constant,pair_ratio", "strategies; they differ from the first round on")
     add("--rounds", "0,1", "values of K", numbers)
-    add(
-        "--equal-epochs", "none", "filters that are also trained for as many epochs as the main one"
-    )
+    parser.add_argument(
+        "--equal-epochs", metavar="A,B,...", type=words,
+        help="filters that are also trained for as many epochs as the main one (none, if it is there)",
+    )  # fmt: skip
     parser.add_argument(
         "--seeds",
         type=processes.positive,

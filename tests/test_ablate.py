@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
+from tiny_llama import ANY_INSTRUCTION, make_tiny_llama
 
 from main_jax.ablate import Variant, _over_seeds, show, variants
-from main_jax.cli import main
+from main_jax.cli import build_parser, main
 
 ROOT = Path(__file__).parent.parent
 SHORT = {
@@ -44,7 +46,9 @@ def test_mean_and_spread_by_hand():
     assert found["none"]["sd"] == pytest.approx((0.14 / 2) ** 0.5)  # .04 + .01 + .09, by n - 1
     assert found["mutual"]["mean"] == pytest.approx(0.6)
     assert found["mutual"]["values"] == [0.5, None, 0.7]
-    text = show({"seeds": [0, 1, 2], "variants": {"rounds-0": {"heldout": found}}})
+    variants = {"rounds-0": {"heldout": found, "precision_at_0.2": {"mutual": found["none"]}}}
+    text = show({"seeds": [0, 1, 2], "variants": variants})
+    assert text.endswith("Precision of the best 20%: `mutual` 0.300 ± 0.265.")
     assert "| none | 0.300 ± 0.265 |" in text and "| mutual | 0.600 ± 0.141 |" in text
 
 
@@ -56,6 +60,14 @@ def test_mean_and_spread_by_hand():
             "--filters: finetune.arms: unknown score 'mutul'; did you mean",
         ),
         (("--weighting", "pair"), "--weighting: unknown strategy pair"),
+        (
+            ("--equal-epochs", "mutal"),
+            "--equal-epochs: mutal is none of --filters; did you mean mutual",
+        ),
+        (
+            ("--filters", "mutual", "--equal-epochs", "none"),
+            "--equal-epochs: none is none of --filters",
+        ),
         (("--rounds", "0,x"), "expected a whole number"),
         (("--seeds", "0"), "expected a positive number"),
     ],
@@ -66,6 +78,53 @@ def test_mistakes_are_one_line_before_any_work(words, said, tmp_path, capsys):
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_the_baseline_is_asked_by_default():
+    asked = build_parser().parse_args(["ablate", "config.yaml"])
+    assert {"seed_only", "none", "random"} <= set(asked.filters) and asked.equal_epochs is None
+
+
+def test_on_data_of_ones_own(tmp_path):
+    """Held-out pairs and the user's questions, of the base too; means are those of the runs' results."""
+    make_tiny_llama(tmp_path / "model", seed=2, num_hidden_layers=1)
+    files = {
+        "seed": [{"instruction": f"Add {i} and 2.", "response": str(i + 2)} for i in range(12)],
+        "responses": [{"text": f"The sum of {i} and 1 is {i + 1}."} for i in range(12)],
+        "eval": [{"instruction": f"Is {i} even?", "response": "a"} for i in range(5)],
+    }
+    for name, rows in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    short = {"max_steps": 2, "train_batch_size": 4, "learning_rate": 1e-3}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({
+        "output_dir": str(tmp_path / "out"), "model_name_or_path": str(tmp_path / "model"),
+        "data": {f"{name}_path": str(tmp_path / f"{name}.jsonl") for name in files}
+        | {"validation_share": 0.25},
+        "prompt": {"max_length": 64, "template": "none"}, "filter": {"hygiene": ANY_INSTRUCTION},
+        "align": short | {"round_0": {"max_steps": 2}, "sampling": {"max_new_tokens": 4}},
+        "augment": {"sampling": {"max_new_tokens": 4}}, "finetune": short,
+        "evaluate": {"checker": "contains", "sampling": {"max_new_tokens": 8}},
+    }))  # fmt: skip
+    words = ("--filters", "seed_only,mutual", "--rounds", "0", "--seeds", "2")
+    assert main(["ablate", str(config), *words]) == 0
+    figures = results(tmp_path / "out")["variants"]["rounds-0"]
+    models = ["base", "seed_only", "mutual"]
+    of_runs = [
+        json.loads((tmp_path / f"out/seed-{n}/rounds-0/results.json").read_text()) for n in (0, 1)
+    ]
+    for name in ("right", "nll_nats_per_token"):
+        assert list(figures[name]) == models
+        for model, found in figures[name].items():
+            assert found["values"] == [r["test"]["models"][model][name] for r in of_runs]
+    assert list(figures["validation_nll_nats_per_token"]) == models
+    assert list(figures["kept_pairs"]) == models[1:]
+    nll = figures["nll_nats_per_token"]
+    assert nll["base"]["sd"] == 0  # one base, one set of questions
+    assert nll["mutual"]["mean"] != nll["base"]["mean"]
+    table = (tmp_path / "out" / "ablation.md").read_text()
+    assert "| arm | kept pairs | held-out NLL (nats/token) | right | your references' NLL" in table
+    assert "| base | – |" in table and "| seed_only | 0.000 ± 0.000 |" in table
 
 
 def start(

@@ -6,8 +6,10 @@ The tasks are local files, so that nothing is downloaded.
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -573,6 +575,34 @@ def test_two_processes_give_what_one_gives(model, tasks, tmp_path):
         assert two["results"][name] == pytest.approx(values, rel=1e-5), name
     assert_same(answers(others), answers(samples))
     assert not (tmp_path / "two.json.partial").exists()
+
+
+@pytest.mark.slow
+def test_sigkill_between_chunks_leaves_no_trace(model, tasks, tmp_path):
+    """A process that is really killed, at its second and at its fourth chunk of texts."""
+
+    def start(name):
+        output = tmp_path / f"{name}.json"
+        words = ["--model", model, "--tasks", tasks[3], "--output", output, "--batch-size", "1"]
+        with (tmp_path / f"{name}.log").open("a") as log:
+            return subprocess.Popen(
+                [TOOL, "evaluate", *words, "--log-samples"], stdout=log, stderr=log,
+                env=os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"},
+            )  # fmt: skip
+
+    assert start("whole").wait(200) == 0, (tmp_path / "whole.log").read_text()
+    for part in (1, 3):
+        process = start("killed")
+        while not list(tmp_path.glob(f"killed.json.partial/000-*/part-{part:05}.parquet")):
+            assert process.poll() is None, (tmp_path / "killed.log").read_text()
+            time.sleep(0.001)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL and not (tmp_path / "killed.json").exists()
+    assert start("killed").wait(200) == 0, (tmp_path / "killed.log").read_text()
+    assert (tmp_path / "killed.log").read_text().count("killed.json: continues") == 2
+    for suffix in (".json", ".samples.jsonl"):
+        killed, whole = ((tmp_path / f"{name}{suffix}").read_text() for name in ("killed", "whole"))
+        assert killed.replace("killed.json", "whole.json") == whole
 
 
 @pytest.mark.slow

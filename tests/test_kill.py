@@ -206,7 +206,7 @@ def copy_before(stage: str, other: Path, folder: Path) -> Path:
     return run
 
 
-@pytest.mark.parametrize("stage", ["align", "augment", "score", "finetune"])
+@pytest.mark.parametrize("stage", ["align", "augment", "score", "finetune", "evaluate"])
 def test_kills_inside_a_stage_leave_no_trace(stage, undisturbed, tmp_path):
     config, other, cache = undisturbed
     rng = random.Random(f"kill {stage}")

@@ -193,7 +193,8 @@ def _alpaca_eval(given: dict[str, Any], start: dict[str, Any]) -> int:
             results = alpaca_eval.alpaca_eval(
                 given["model"], given["alpaca_eval"], given["output"], sampling=sampling,
                 generator=given.get("generator"), template=given.get("template"),
-                arm=given.get("arm"), seed=seed, batch_size=given.get("batch_size", 32),
+                arm=given.get("arm"), inference_mesh=given.get("inference_mesh"), seed=seed,
+                batch_size=given.get("batch_size", 32),
                 judge=asked, reference=given.get("reference"),
             )  # fmt: skip
         else:

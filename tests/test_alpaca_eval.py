@@ -4,21 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
 from chat_stub import stub
-from etils import epath
 from tiny_llama import make_tiny_llama
+from tiny_run import finish_run, start_run
 
 from main_jax.cli import main
-from main_jax.data.files import Row, digest
+from main_jax.data.files import Row
 from main_jax.errors import UserError
 from main_jax.evaluation import alpaca_eval as module
 from main_jax.evaluation.alpaca_eval import alpaca_eval
 from main_jax.evaluation.judge import open_judge
-from main_jax.lm.checkpoint import Checkpoints
 from main_jax.lm.generate import Sampling
-from main_jax.lm.hf import load_checkpoint
-from main_jax.pipeline import existing_run
 from main_jax.tools.generate import generate_file
 
 SAMPLING = Sampling(5)
@@ -146,31 +142,12 @@ def test_killed_it_continues_judging_included(model, questions, tmp_path, monkey
 
 
 def test_a_run_is_its_trained_model(model, questions, tmp_path):
-    folder, trained = (
-        tmp_path / "run",
-        make_tiny_llama(tmp_path / "trained", seed=4, num_hidden_layers=1),
-    )
-    config = {
-        "model_name_or_path": model, "prompt": {"max_length": 64, "template": "none"},
-        "data": {"seed_path": "seed.jsonl", "responses_path": "texts.jsonl"},
-        "finetune": {"arms": ["seed_only"]},
-    }  # fmt: skip
-    folder.mkdir()
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    for stage in ("prepare", "finetune"):  # in order: a fingerprint has those before in it
-        run = existing_run(str(folder))
-        run.directory(stage).mkdir(parents=True)
-        manifest = {"status": "done", "inputs": {"model": digest(epath.Path(model))}}
-        (run.directory(stage) / "manifest.json").write_text(json.dumps(manifest))
+    folder = tmp_path / "run"
+    trained = make_tiny_llama(tmp_path / "trained", seed=4, num_hidden_layers=1)
+    start_run(folder, model)
     with pytest.raises(UserError, match="stage finetune is not done"):
         alpaca_eval(str(folder), questions, str(tmp_path / "run.json"), sampling=SAMPLING)
-    run = existing_run(str(folder))
-    for stage in ("prepare", "finetune"):
-        file = run.directory(stage) / "manifest.json"
-        manifest = json.loads(file.read_text()) | {"fingerprint": run.fingerprint(stage)}
-        file.write_text(json.dumps(manifest))
-    with Checkpoints(run.directory("finetune") / "mutual" / "checkpoints") as checkpoints:
-        checkpoints.save_params(3, load_checkpoint(str(trained), "float32")[1])
+    finish_run(folder, str(trained))
     alpaca_eval(str(folder), questions, str(tmp_path / "run.json"), sampling=SAMPLING)
     alpaca_eval(str(trained), questions, str(tmp_path / "dir.json"), **HOW)
     of_run, of_dir = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("run", "dir"))
@@ -237,8 +214,8 @@ def test_the_verb_writes_judges_and_judges_again(model, questions, tmp_path, mon
     [
         (("--alpaca-eval", "q.json", "--model", "m", "--output", "o.json", "--tasks", "ifeval"),
          "--tasks: does not go with --alpaca-eval"),
-        (("--model", "m", "--tasks", "ifeval", "--output", "o.json", "--arm", "none"),
-         "--arm: does not go with --tasks"),
+        (("--model", "m", "--tasks", "ifeval", "--output", "o.json", "--generator", "me"),
+         "--generator: does not go with --tasks"),
         (("--output", "o.json", "--judge-url", "http://x"), "--judge-model and --reference"),
         (("--alpaca-eval", "q.json", "--output", "o.json"), "together with --model"),
         (("--alpaca-eval", "q.json", "--model", "m"), "needs --output"),

@@ -22,6 +22,7 @@ pytest.importorskip("lm_eval")
 import lm_eval
 from lm_eval.api.instance import Instance
 from tiny_llama import FAMILIES, make_tiny_llama
+from tiny_run import finish_run, start_run
 
 from main_jax import parts
 from main_jax.cli import main
@@ -32,6 +33,7 @@ from main_jax.evaluation import tasks as task_files
 from main_jax.evaluation.harness import evaluate_model
 from main_jax.evaluation.published import CHOICES, OPENLLM, above_guessing, published
 from main_jax.lm.generate import Sampling, generate
+from main_jax.lm.sharding import MeshShape
 from main_jax.lm.tokenizer import load_tokenizer
 from main_jax.models import open_checkpoint
 
@@ -129,7 +131,8 @@ def metrics(*names) -> list[dict]:
 
 
 def ours(path, folder, **how):
-    settings = {"max_length": 512, "tokens_per_batch": 1024, "batch_size": 4, "seed": 0} | how
+    settings = {"max_length": 512, "tokens_per_batch": 1024, "batch_size": 4, "seed": 0}
+    settings |= {"mesh": MeshShape()} | how
     return adapter.HarnessModel(
         open_checkpoint(path, Runtime()), load_tokenizer(path), folder, **settings
     )
@@ -162,6 +165,16 @@ def answers(samples) -> list:
         for resps in sample["resps"]
         for value in (resps[0] if isinstance(resps[0], (tuple, list)) else [resps[0]])
     ]
+
+
+def numbers(results) -> dict[str, float]:
+    """Of every task and metric."""
+    return {
+        f"{task} {metric}": value
+        for task, metrics in results["results"].items()
+        for metric, value in metrics.items()
+        if isinstance(value, float)
+    }
 
 
 def assert_same(found, expected):
@@ -489,7 +502,10 @@ def test_mistakes_are_one_line(model, tasks, tmp_path, capfd, monkeypatch):
         ({"--tasks": str(missing)}, "HF_HUB_OFFLINE"),
         ({"--tasks": str(tmp_path / "no.yaml")}, "no.yaml: no such file"),
         ({"--tasks": f"{tasks[0]},{tasks[0]}"}, "each once"),
-        ({"--model": str(run)}, "no model yet"),
+        ({"--model": str(run)}, "stage finetune is not done"),
+        ({"--arm": "mutual"}, "--arm mutual:"),
+        ({"--inference-mesh": "2,1"}, "three numbers like 1,-1,1"),
+        ({"--inference-mesh": "1,1,64"}, "tensor 64 does not fit"),
         ({"--output": str(tmp_path / "o.csv")}, "ends in .json"),
         ({"--max-length": "513"}, "max_position_embeddings 512"),
         ({"--apply-chat-template": None}, "no chat template"),
@@ -550,6 +566,63 @@ assert "torch" not in sys.modules and "accelerate" not in sys.modules
     assert "|tiny_letters" in done.stdout.replace(" ", "")
 
 
+def test_an_arm_of_a_run_is_measured_as_its_export(model, tasks, tmp_path):
+    """With the template that it was trained on, which only an export writes down."""
+    folder = tmp_path / "run"
+    trained = make_tiny_llama(tmp_path / "trained", seed=9)
+    one = {"data": 1, "fsdp": 1, "tensor": 1}
+    prompt = {"max_length": 64, "template": "plain"}
+    start_run(folder, model, prompt=prompt, inference_mesh=one)
+    finish_run(folder, str(trained))
+    assert main(["export", str(folder), str(tmp_path / "exported"), "--model", "mutual"]) == 0
+    common = ["--tasks", f"{tasks[0]},{tasks[3]}", "--apply-chat-template", "--log-samples"]
+    of_run = ["--model", str(folder), "--arm", "mutual"]
+    assert main(["evaluate", *common, *of_run]) == 0
+    output = tmp_path / "exported.json"
+    of_export = ["--model", str(tmp_path / "exported"), "--output", str(output)]
+    assert main(["evaluate", *common, *of_export]) == 0
+    mine = folder / "evaluations" / "tiny_choice-tiny_generation-mutual.json"
+    found, expected = (json.loads(file.read_text()) for file in (mine, output))
+    assert found["results"] == expected["results"]
+    lines = [file.with_suffix(".samples.jsonl").read_text() for file in (mine, output)]
+    assert lines[0] == lines[1] and "### Instruction" in lines[0]
+    assert found["how"]["inference_mesh"] == one | {"slices": 1}
+    assert expected["how"]["inference_mesh"]["fsdp"] == -1
+
+
+def test_a_model_cut_up_gives_the_same_numbers(model, tasks, tmp_path):
+    """Two devices that share heads, features and vocabulary; in a process that has two."""
+    words = ["--model", model, "--tasks", f"{tasks[0]},{tasks[2]},{tasks[3]}", "--log-samples"]
+    whole, cut = tmp_path / "whole.json", tmp_path / "cut.json"
+    assert main(["evaluate", *words, "--output", str(whole), "--inference-mesh", "1,1,1"]) == 0
+    code = f"""
+import jax
+from main_jax.cli import main
+from main_jax.evaluation import adapter
+specs = set()
+def watched(name):
+    real = getattr(adapter, name)
+    def call(*args, **how):
+        params = args[0].params if name == "likelihoods" else args[1]
+        leaves = jax.tree.leaves(params)
+        specs.add((name, any("tensor" in str(leaf.sharding.spec) for leaf in leaves)))
+        return real(*args, **how)
+    setattr(adapter, name, call)
+watched("likelihoods"), watched("generate")
+words = {[*words, "--output", str(cut), "--cpu-devices", "2", "--inference-mesh", "1,1,2"]!r}
+assert main(["evaluate", *words]) == 0
+assert specs == {{("likelihoods", True), ("generate", True)}}, specs
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads(file.read_text()) for file in (whole, cut))
+    assert numbers(two) == pytest.approx(numbers(one), rel=1e-4)
+    lines = [file.with_suffix(".samples.jsonl").read_text().splitlines() for file in (whole, cut)]
+    samples = [[json.loads(line) for line in of] for of in lines]
+    assert_same(answers(samples[1]), answers(samples[0]))
+    assert two["how"]["inference_mesh"]["tensor"] == 2
+
+
 @pytest.mark.slow
 def test_two_processes_give_what_one_gives(model, tasks, tmp_path):
     found = []
@@ -571,8 +644,7 @@ def test_two_processes_give_what_one_gives(model, tasks, tmp_path):
         found.append((json.loads(output.read_text()), [json.loads(line) for line in lines]))
     (one, samples), (two, others) = found
     assert one["results"].keys() == two["results"].keys()
-    for name, values in one["results"].items():
-        assert two["results"][name] == pytest.approx(values, rel=1e-5), name
+    assert numbers(two) == pytest.approx(numbers(one), rel=1e-5)
     assert_same(answers(others), answers(samples))
     assert not (tmp_path / "two.json.partial").exists()
 

@@ -61,6 +61,8 @@ class HarnessModel(TemplateLM):
         tokens_per_batch: padded tokens of a scored batch.
         batch_size: texts generated at once.
         seed: of sampling, where a task samples.
+        mesh: of this process's devices.
+        stop_ids: ids that end a text, beside those of the folder.
     """
 
     tokenizer: Any
@@ -75,11 +77,14 @@ class HarnessModel(TemplateLM):
         tokens_per_batch: int,
         batch_size: int,
         seed: int,
+        mesh: MeshShape,
+        stop_ids: Sequence[int] = (),
     ):
         super().__init__()
         self.tokenizer = tokenizer
         self.max_length, self.max_gen_toks = max_length, 256  # as the harness's own
-        self._model, self._path = cache(checkpoint.model), checkpoint.path
+        self._model, self._mesh = cache(checkpoint.model), mesh
+        self._stops = {self.eot_token_id, *hf.stop_ids(checkpoint.path), *stop_ids}
         self._budget, self._batch_size, self._seed = tokens_per_batch, batch_size, seed
         self._plans: dict[str, Plan] = {}
         self.calls = Calls(folder, {
@@ -215,7 +220,7 @@ class HarnessModel(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: list, **kwargs: Any) -> list[Any]:
         """A `Likelihood` for each (_, context ids, continuation ids)."""
-        with use_mesh(MeshShape(), local=True):
+        with use_mesh(self._mesh, local=True):
             pairs = [(context, continuation) for _, context, continuation in requests]
             return likelihoods(self._model(), pairs, self.max_length, self._budget)
 
@@ -226,7 +231,7 @@ class HarnessModel(TemplateLM):
             members = [i for i, row in enumerate(chunk) if row["arguments"] == arguments]
             contexts = [self._context(chunk[i]["context"]) for i in members]
             room = self.max_length - plan.sampling.max_new_tokens
-            with use_mesh(MeshShape(), local=True):
+            with use_mesh(self._mesh, local=True):
                 generations = generate(
                     *self._model(), [np.asarray(c[-room:], np.int32) for c in contexts],
                     [chunk[i]["sample"] for i in members], plan.sampling,
@@ -271,7 +276,7 @@ class HarnessModel(TemplateLM):
             sampling = Sampling(new, temperature, top_p, top_k)
         except ValueError as error:
             raise UserError(f"generation_kwargs: {error}") from None
-        stops = {self.eot_token_id, *hf.stop_ids(self._path)}
+        stops = set(self._stops)
         for text in until:  # where one token is the string, the model need not run on
             ids = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
             if len(ids) == 1 and self.tokenizer.decode(ids) == text:

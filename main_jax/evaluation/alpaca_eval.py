@@ -27,10 +27,10 @@ from main_jax.data.reading import read_instructions
 from main_jax.errors import UserError
 from main_jax.evaluation.judge import Judge, judge_outputs
 from main_jax.evaluation.outputs import match, open_list
-from main_jax.evaluation.subject import open_subject
+from main_jax.evaluation.subject import mesh_of, open_subject
 from main_jax.lm.generate import Sampling
 from main_jax.lm.progress import say
-from main_jax.lm.sharding import MeshShape, use_mesh
+from main_jax.lm.sharding import use_mesh
 from main_jax.prompts import Direction
 from main_jax.tools.files import partial_folder
 
@@ -46,6 +46,7 @@ def alpaca_eval(
     generator: str | None = None,
     template: str | None = None,
     arm: str | None = None,
+    inference_mesh: Sequence[int] | None = None,
     seed: int = 0,
     batch_size: int = 32,
     judge: Judge | None = None,
@@ -65,6 +66,7 @@ def alpaca_eval(
         generator: what the outputs' author is called; by default the model's name.
         template: see `open_subject`.
         arm: see `open_subject`.
+        inference_mesh: sizes of its axes, over each process's own devices; by default the run's.
         seed: of the sampling, and of the judge's bootstrap.
         batch_size: questions at once.
         judge: see `open_judge`; without it no call is made to anybody.
@@ -85,7 +87,7 @@ def alpaca_eval(
     if reference is not None:  # better now than after the work
         match([pairs.joined_instruction(row) for row in rows], reference)
     subject = open_subject(model, template, arm)
-    checkpoint = subject.checkpoint
+    checkpoint, mesh = subject.checkpoint, mesh_of(subject, inference_mesh)
     positions = checkpoint.decoder.config.max_position_embeddings
     if sampling.max_new_tokens >= positions:
         raise UserError(
@@ -96,7 +98,7 @@ def alpaca_eval(
     load, name = cache(checkpoint.model), generator or subject.name
 
     def write_chunk(chunk: Sequence[dict], advance: Callable[[int], None]) -> list[dict]:
-        with use_mesh(MeshShape(), local=True):
+        with use_mesh(mesh, local=True):
             completions = complete(
                 chunk, Direction.FORWARD, load(), prompt, sampling,
                 seed=seed, batch_size=batch_size, on_done=advance,

@@ -8,6 +8,7 @@ The tasks, their prompts, few-shot examples and metrics are the harness's; likel
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -21,15 +22,12 @@ from etils import epath
 
 from main_jax import pairs
 from main_jax.checks import check_output
-from main_jax.config import Runtime
-from main_jax.data.files import digest
 from main_jax.errors import UserError
 from main_jax.evaluation import tasks as task_files
 from main_jax.evaluation.published import published
-from main_jax.hub import find_model
+from main_jax.evaluation.subject import mesh_of, open_exported
 from main_jax.lm.multihost import first
 from main_jax.lm.progress import say
-from main_jax.models import open_checkpoint
 from main_jax.run import versions
 from main_jax.tools.files import partial_folder
 
@@ -44,6 +42,7 @@ def evaluate_model(
     tasks: Sequence[str],
     output: str,
     *,
+    arm: str | None = None,
     num_fewshot: int | None = None,
     limit: float | None = None,
     apply_chat_template: bool = False,
@@ -56,32 +55,37 @@ def evaluate_model(
     batch_size: int = 32,
     random_seed: int | None = None,
     log_samples: bool = False,
+    inference_mesh: Sequence[int] | None = None,
 ) -> None:
     """Writes `output`, and on the first process prints the results as tables.
 
     Raises UserError, one line; before anything is computed where that can be.
     """
-    settings = {k: v for k, v in locals().items() if k not in ("model", "output", "log_samples")}
+    apart = ("model", "output", "log_samples", "inference_mesh")
+    settings = {name: value for name, value in locals().items() if name not in apart}
     _check_harness()
     task_files.check_names(tasks, ifeval_prompts)
     output = str(epath.Path(output).expanduser())
     if not output.endswith(".json") or Path(output).is_dir():
         raise UserError(f"--output: {output}: expected a file whose name ends in .json")
     check_output(Path(output).parent, "--output")
-    checkpoint = open_checkpoint(find_model(model_folder(model), "--model"), Runtime())
+    subject = open_exported(model, arm)
+    checkpoint, mesh = subject.checkpoint, mesh_of(subject, inference_mesh)
     max_length = max_length or checkpoint.decoder.config.max_position_embeddings
     tokenizer = checkpoint.prompt("none", max_length).tokenizer  # and that it belongs to the model
+    tokenizer.chat_template = subject.chat_template or tokenizer.chat_template
     if apply_chat_template and not tokenizer.chat_template:
         raise UserError("--apply-chat-template: the model's tokenizer has no chat template")
     seeds = SEEDS if random_seed is None else dict.fromkeys(SEEDS, random_seed)
 
     from main_jax.evaluation.adapter import HarnessModel
 
-    facts = settings | {"model": digest(epath.Path(checkpoint.path))}
+    facts = settings | {"model": subject.digest}
     with partial_folder(output, facts) as folder:
         lm = HarnessModel(
             checkpoint, tokenizer, folder, max_length=max_length,
             tokens_per_batch=tokens_per_batch, batch_size=batch_size, seed=seeds["sampling"],
+            mesh=mesh, stop_ids=subject.stop_ids,
         )  # fmt: skip
 
         def run() -> dict[str, Any]:
@@ -105,19 +109,10 @@ def evaluate_model(
             return
         found = lm.calls.lead(run)
         how = settings | {"model": model, "max_length": max_length, "seeds": seeds}
+        how |= {"inference_mesh": dataclasses.asdict(mesh)}
         _write(output, found, how)
     print(show(found))
     say(f"{output}: written")
-
-
-def model_folder(name: str) -> str:
-    """The model of a run where `name` is a run's directory, else `name`. Raises UserError."""
-    folder = Path(name).expanduser()
-    if not (folder / "config.yaml").is_file():
-        return name
-    if not (folder / "hf" / "config.json").is_file():
-        raise UserError(f"--model: {name}: the run has no model yet (no hf/)")
-    return str(folder / "hf")
 
 
 def _check_harness() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from main_jax.errors import UserError
 HARNESS = (
     "model", "tasks", "output", "num_fewshot", "limit", "apply_chat_template",
     "fewshot_as_multiturn", "system_instruction", "include_path", "ifeval_prompts", "max_length",
-    "tokens_per_batch", "batch_size", "random_seed", "log_samples",
+    "tokens_per_batch", "batch_size", "random_seed", "log_samples", "arm", "inference_mesh",
 )  # fmt: skip
-SHARED = ("model", "output", "batch_size", "random_seed")
+SHARED = ("model", "output", "batch_size", "random_seed", "arm", "inference_mesh")
 ALPACA = (
-    "alpaca_eval", "generator", "template", "arm", "max_new_tokens", "temperature", "top_p", "top_k",
+    "alpaca_eval", "generator", "template", "max_new_tokens", "temperature", "top_p", "top_k",
     "reference", "judge_url", "judge_model", "judge_key_env", "judge_prompt", "judge_parameters",
     "judge_concurrency",
 )  # fmt: skip
@@ -45,6 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(name, default=None, help=text, **how)
 
     add("--model", "model folder or hub name, or a run's directory", metavar="DIR")
+    add("--arm", "of a run; default: the configured filter's", metavar="ARM")
     add(
         "--tasks",
         "with commas between: the harness's names, openllm (Open LLM Leaderboard v1), leaderboard (v2), "
@@ -79,10 +81,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--random-seed", "of few-shot examples and sampling; default: the harness's (0, 1234, 1234)",
         type=processes.natural, metavar="S")  # fmt: skip
     add("--log-samples", "also write every prompt and answer, beside FILE", action="store_true")
+    add(
+        "--inference-mesh",
+        "devices of each process along these axes, one may be -1: the rest; default: the RUN's, else 1,-1,1",
+        type=_mesh, metavar="DATA,FSDP,TENSOR",
+    )  # fmt: skip
 
 
 def add_alpaca_options(parser: argparse.ArgumentParser) -> None:
-    """The group "AlpacaEval"; it shares --model, --output, --batch-size and --random-seed."""
+    """The group "AlpacaEval"; it shares `SHARED` with the other."""
     example = f"{parser.prog} --model runs/own --alpaca-eval alpaca_eval.json --output mine.json"
     parser.epilog = f"{parser.epilog}\n  {example}"
     group = parser.add_argument_group(
@@ -101,7 +108,6 @@ def add_alpaca_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
     )
     add("--template", "default: the run's, else auto; auto, chat, plain, none or a YAML file")
-    add("--arm", "of a run; default: the configured filter's", metavar="ARM")
     add("--max-new-tokens", "of an output (1024)", type=processes.positive, metavar="N")
     add("--temperature", "0, the default, is greedy", type=float)
     add("--top-p", "default: 1", type=float)
@@ -113,6 +119,13 @@ def add_alpaca_options(parser: argparse.ArgumentParser) -> None:
     add("--judge-prompt", "text in place of ours, see docs/alpaca-eval.md", metavar="FILE")
     add("--judge-parameters", 'of every request, over {"temperature": 0}', metavar="JSON")
     add("--judge-concurrency", "requests at once (8)", type=processes.positive, metavar="N")
+
+
+def _mesh(text: str) -> tuple[int, ...]:
+    sizes = text.split(",")
+    if len(sizes) != 3 or not all(re.fullmatch(r"-1|[1-9]\d*", size) for size in sizes):
+        raise argparse.ArgumentTypeError(f"expected three numbers like 1,-1,1, not {text!r}")
+    return tuple(map(int, sizes))
 
 
 def _limit(text: str) -> float:
@@ -129,7 +142,7 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What `harness.evaluate_model` is called with. Raises UserError for what lacks."""
     given = _given(arguments, HARNESS, ALPACA, "--tasks")
     if "tasks" in given and "model" in given:
-        given.setdefault("output", _in_run(given["model"], given["tasks"]))
+        given.setdefault("output", _in_run(given, given["tasks"]))
     for name in ("model", "tasks", "output"):
         if not given.get(name):
             raise UserError(f"evaluate needs CONFIG, or --{name} (see main-jax evaluate --help)")
@@ -144,7 +157,7 @@ def alpaca_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     if judging and not {"judge_url", "judge_model", "reference"} <= given.keys():
         raise UserError("judging needs --judge-url, --judge-model and --reference")
     if "alpaca_eval" in given and "model" in given:
-        given.setdefault("output", _in_run(given["model"], "alpaca_eval"))
+        given.setdefault("output", _in_run(given, "alpaca_eval"))
     if not given.get("output") or ("alpaca_eval" in given) != ("model" in given):
         raise UserError("AlpacaEval needs --output, and --alpaca-eval together with --model")
     return given
@@ -164,11 +177,12 @@ def _given(
     return {n: value for n in ours if (value := getattr(arguments, n)) is not None}
 
 
-def _in_run(model: str, name: str) -> str | None:
+def _in_run(given: dict[str, Any], name: str) -> str | None:
     """Where the results of a run's model stand, if it is one."""
-    if (run := run_folder(model)) is None:
+    if (run := run_folder(given["model"])) is None:
         return None
     stems = [Path(word.strip()).stem for word in name.split(",") if word.strip()]
+    stems += [given["arm"]] if "arm" in given else []
     return str(run / "evaluations" / f"{'-'.join(stems)}.json")
 
 

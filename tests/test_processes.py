@@ -91,6 +91,27 @@ def losses(path: Path) -> list[float]:
     return [json.loads(line)["loss_nats_per_token"] for line in lines]
 
 
+def test_what_is_measured_and_exported_in_two_processes(alone, tmp_path):
+    """From the same trained models: equal answers but for ties, equal figures, the same file of weights."""
+    other, cache = alone
+    run = copy_before("evaluate", other, tmp_path / "run")
+    finish("run", run, cache, 2, 4)
+    tables = sorted(p.relative_to(other) for p in directory(other, "evaluate").rglob("data"))
+    assert len(tables) == 5  # answers of two arms; instructions of two rounds and of the control
+    for name in tables:
+        found, expected = (read_parts(r / name).to_pylist() for r in (run, other))
+        assert [r["id"] for r in found] == [r["id"] for r in expected]
+        text = "instruction" if "reverse-" in str(name) else "response"
+        same = [a[text] == b[text] for a, b in zip(found, expected, strict=True)]
+        assert len(same) > 50 and np.mean(same) > 0.97, name
+    found, expected = (json.loads((r / "results.json").read_text()) for r in (run, other))
+    assert found["auroc"] == expected["auroc"]
+    for arm, figures in expected["arms"].items():
+        assert found["arms"][arm] == pytest.approx(figures, abs=0.05), arm
+    a, b = (load_file(directory(r, "export") / "model.safetensors") for r in (run, other))
+    assert a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in b)
+
+
 @pytest.mark.parametrize("stage", ["align", "augment", "score", "filter", "finetune"])
 def test_a_stage_in_two_processes(stage, alone, tmp_path):
     other, cache = alone

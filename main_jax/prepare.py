@@ -104,15 +104,7 @@ def _responses(run: Run) -> Iterator[dict]:
 
 def _rules(settings: Clean) -> tuple[Callable[[str], bool], Callable[[str], str | None]]:
     """(whether a text is contaminated, why a response is unwanted). Raises UserError."""
-    key = "clean.decontaminate"
-    tests = (
-        value
-        for path in settings.decontaminate
-        for row in open_source(path, key)
-        for value in row.values.values()
-        if isinstance(value, str)
-    )
-    contaminated = clean.contamination(tests, settings.decontaminate_ngram)
+    contaminated = clean.contamination(_test_fingerprints(settings), settings.decontaminate_ngram)
     rules = {"contaminated": contaminated}
     if settings.drop_patterns:
         rules["pattern"] = clean.patterns(settings.drop_patterns, "clean.drop_patterns")
@@ -123,6 +115,22 @@ def _rules(settings: Clean) -> tuple[Callable[[str], bool], Callable[[str], str 
         return next((reason for reason, holds in rules.items() if holds(text)), None)
 
     return contaminated, unwanted
+
+
+def _test_fingerprints(settings: Clean) -> set[int]:
+    """Of the texts of all tests. Raises UserError for a test from which nothing could be found."""
+    known: set[int] = set()
+    for path in settings.decontaminate:
+        test = open_source(path, "clean.decontaminate")
+        texts = (text for row in test for text in clean.texts_in(row.values))
+        found = clean.fingerprints(texts, settings.decontaminate_ngram)
+        if not found:
+            raise UserError(
+                f"clean.decontaminate: {test}: no text in it has "
+                f"{settings.decontaminate_ngram} words (clean.decontaminate_ngram)"
+            )
+        known |= found
+    return known
 
 
 def in_columns(rows: Sequence[dict], origin: str) -> list[dict]:

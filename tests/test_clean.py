@@ -74,13 +74,19 @@ def test_without_near_only_equal_texts_are_dropped():
 
 def test_contamination_is_so_many_words_in_a_row():
     questions = ["What is the capital of France, and why?", "Too short"]
-    contaminated = clean.contamination(questions, 5)
+    contaminated = clean.contamination(clean.fingerprints(questions, 5), 5)
     assert contaminated("I ask: what is THE capital of Spain?")  # "what is the capital of"
     assert not contaminated("what is the big capital of france and")
     assert contaminated("...the capital of France and...")
     assert not contaminated("the capital of")
     assert not contaminated("too short") and not contaminated("")
-    assert not clean.contamination([], 5)("what is the capital of France")
+    assert not clean.contamination(set(), 5)("what is the capital of France")
+
+
+def test_the_texts_of_a_row_are_found_however_deep():
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": ["So.", None]}]
+    row = {"id": 7, "question": "Who?", "messages": turns, "choices": {"text": ["A", "B"]}}
+    assert list(clean.texts_in(row)) == ["Who?", "user", "Why?", "assistant", "So.", "A", "B"]
 
 
 def test_patterns():

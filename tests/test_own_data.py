@@ -617,7 +617,7 @@ def test_cleaning_leaves_a_reason_and_is_part_of_the_fingerprint(own, tmp_path, 
     lines = [f"The sum of {i} and 1 is {i + 1}." for i in range(44)]
     (tmp_path / "tests.jsonl").write_text(
         json.dumps({"question": "so: the sum of 7 and 1?", "n": 3}) + "\n"
-        + json.dumps({"question": "add 9 and 2 now please"}) + "\n"
+        + json.dumps({"messages": [{"role": "user", "content": "add 9 and 2 now please"}]}) + "\n"
     )  # fmt: skip
     rules = {
         "decontaminate": [str(tmp_path / "tests.jsonl")], "decontaminate_ngram": 4,
@@ -642,7 +642,9 @@ def test_cleaning_leaves_a_reason_and_is_part_of_the_fingerprint(own, tmp_path, 
     assert counts["responses_contaminated"] == 1 and counts["responses_pattern"] == 10
     assert counts["responses_duplicate"] == 1 and counts["seed_contaminated"] == 2
     assert call(capsys, "prepare", config)[2].splitlines() == ["prepare: done before, kept"]
-    (tmp_path / "tests.jsonl").write_text(json.dumps({"question": "nothing of ours"}) + "\n")
+    (tmp_path / "tests.jsonl").write_text(
+        json.dumps({"question": "there is nothing of ours"}) + "\n"
+    )
     assert "the old results are kept" in call(capsys, "prepare", config)[2]
     assert "responses_contaminated" not in manifest(tmp_path / "run", "prepare")["counts"]
     # Declaring a licence changes no result.
@@ -652,6 +654,12 @@ def test_cleaning_leaves_a_reason_and_is_part_of_the_fingerprint(own, tmp_path, 
     for key, value, said in (
         ("drop_patterns", "[(]", "clean.drop_patterns: '(' is no regular expression"),
         ("decontaminate", "[nowhere.jsonl]", "clean.decontaminate: nowhere.jsonl"),
+        (
+            "decontaminate_ngram",
+            "13",
+            f"clean.decontaminate: {tmp_path / 'tests.jsonl'}: no text in it "
+            "has 13 words (clean.decontaminate_ngram)",
+        ),
         ("near_duplicates", "1.5", "clean: near_duplicates: expected a similarity"),
     ):
         code, _, err = call(capsys, "prepare", config, f"--clean.{key}", value)

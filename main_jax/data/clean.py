@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from functools import cache
 from typing import Any
 
@@ -68,11 +68,15 @@ def ngrams(said: Sequence[str], n: int) -> Iterator[str]:
         yield " ".join(said[start : start + n])
 
 
-def contamination(texts: Iterable[str], n: int) -> Callable[[str], bool]:
-    """Whether a text shares n words in a row with one of `texts`; shorter ones among them do not count."""
-    known = {
+def fingerprints(texts: Iterable[str], n: int) -> set[int]:
+    """A hash of every n words in a row of `texts`; shorter ones among them have none."""
+    return {
         _hash(gram) for text in texts if len(said := words(text)) >= n for gram in ngrams(said, n)
     }
+
+
+def contamination(known: Set[int], n: int) -> Callable[[str], bool]:
+    """Whether a text has n words in a row whose hash is among the `known` (`fingerprints`)."""
 
     def contaminated(text: str) -> bool:
         if not known:
@@ -81,6 +85,15 @@ def contamination(texts: Iterable[str], n: int) -> Callable[[str], bool]:
         return len(said) >= n and any(_hash(gram) in known for gram in ngrams(said, n))
 
     return contaminated
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text of a row's value, those in lists and mappings too: turns, choices, answers."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from texts_in(part)
 
 
 def _hash(text: str) -> int:

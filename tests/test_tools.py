@@ -1,10 +1,12 @@
 """`score`, `generate` and `filter` of files: stopped and continued, and equal to what a run does."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from etils import epath
 from tiny_llama import make_tiny_llama
 
 from main_jax.cli import main
@@ -101,6 +103,24 @@ def test_other_settings_begin_anew(model, pairs_file, tmp_path, monkeypatch):
     assert main(["score", *words, "--template", "none"]) == 130
     monkeypatch.setattr(files, "write", real)
     assert scored(model, pairs_file, tmp_path / "o.parquet", "--max-length", "60") == whole
+
+
+def test_a_kill_among_the_last_deletions_loses_no_row(model, pairs_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "CHUNK_ROWS", 5)
+    whole = scored(model, pairs_file, tmp_path / "whole.parquet")
+    posix = type(epath.Path())
+
+    def half(folder):
+        for part in ("rows", "scored"):
+            next((Path(folder) / part).glob("part-*.parquet")).unlink()
+        raise KeyboardInterrupt
+
+    words = ["--forward-model", model, "--data", pairs_file, "--template", "none"]
+    with monkeypatch.context() as context:
+        context.setattr(posix, "rmtree", half)
+        assert main(["score", *words, "--output", str(tmp_path / "o.parquet")]) == 130
+    assert len(list((tmp_path / "o.parquet.partial" / "rows").glob("part-*.parquet"))) == 4
+    assert scored(model, pairs_file, tmp_path / "o.parquet") == whole
 
 
 def test_a_stop_is_agreed_and_continues(model, pairs_file, tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from main_jax.lm.progress import say
 from main_jax.strict_yaml import nearest
 
 CHUNK_ROWS = 1024
+SETTINGS = "settings.json"
 Types = dict[str, pa.DataType]
 
 
@@ -30,19 +31,25 @@ def partial_folder(output: str, settings: dict) -> Generator[epath.Path]:
     """The folder of committed chunks; what was begun with other settings is begun anew."""
     folder = epath.Path(f"{output}.partial")
     told = json.dumps(settings, sort_keys=True)
-    file = folder / "settings.json"
+    file = folder / SETTINGS
     old = file.read_text() if file.exists() else None
     barrier(f"{folder}: seen")
     if old == told:
         say(f"{output}: continues")
     elif first():
-        if folder.exists():
-            folder.rmtree()
+        _remove(folder)
         pairs.write_text(file, told)
     barrier(f"{folder}: begins")
     yield folder
     barrier(f"{folder}: read")
     if first():
+        _remove(folder)
+
+
+def _remove(folder: epath.Path) -> None:
+    """First what says whose chunks they are: those that a kill leaves are nobody's, and not continued."""
+    if folder.exists():
+        (folder / SETTINGS).unlink(missing_ok=True)
         folder.rmtree()
 
 
@@ -53,7 +60,7 @@ def staged_rows(source: Source, rows: Iterator[dict], folder: epath.Path) -> par
     except UserError:  # of all processes alike: nobody can use what is there
         barrier(f"{folder}: refused")
         if first():
-            folder.rmtree()
+            _remove(folder)
         raise
     for reason, n in skipped.items():
         say(f"{source}: {n:,} rows left out by its rules: {reason}")

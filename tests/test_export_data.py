@@ -41,10 +41,13 @@ def make_run(folder: Path, rows: list[dict], config=CONFIG) -> Path:
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     run = existing_run(str(folder))
     for stage in ("prepare", "align", "augment", "score", "filter"):
-        counts = {"pairs": len(rows), "empty_response": 2} if stage == "score" else {}
+        counts = {"responses_skipped_length": 4} if stage == "prepare" else {}
         run.directory(stage).mkdir(parents=True)
         manifest = {"status": "done", "fingerprint": run.fingerprint(stage), "counts": counts}
         (run.directory(stage) / "manifest.json").write_text(json.dumps(manifest))
+    read = run.directory("prepare") / "data" / "responses"
+    for data in (read, run.directory("augment") / "data", run.directory("score") / "data"):
+        write_table(data / "part-00000.parquet", table_of(rows))
     table = with_filter(table_of(rows), "mutual", "fraction", 0.5, seed=3)
     for part, start in enumerate(range(0, len(rows), 4)):
         write_table(
@@ -119,7 +122,15 @@ def test_the_card_says_how_it_was_made(run, tmp_path, capfd):
     assert card.data.configs == [{"config_name": "default", "data_files": "data/train-*.parquet"}]
     assert card.data.size_categories == "n<1K"
     assert "data.seed_license and data.responses_license not set" in capfd.readouterr().err
-    assert "| score | empty response | 2 |" in card.text
+    funnel = card.text.partition("|---|---:|---|\n")[2].partition("\n\n")[0].splitlines()
+    assert funnel == [  # each drop in the stage where it happened, and there alone
+        "| read | 14 | |",
+        "| rules of the source | 10 | length 4 |",
+        "| prepare | 9 | empty_response 1 |",
+        "| augment | 9 | – |",
+        "| score | 9 | – |",
+        "| filter | 5 | filter_mutual 4 |",
+    ]
     # mutual is the worse rank: the fifth of nine pairs is the last that is kept
     assert f"`mutual`, fraction 0.5: at most {5 / 9:.6g}" in card.text
     facts = json.loads((tmp_path / "out" / "provenance.json").read_text())

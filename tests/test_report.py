@@ -287,6 +287,24 @@ def test_after_every_stage(tmp_path, rows, until):
     )
 
 
+def test_what_the_rules_of_a_source_refused_comes_first(tmp_path, rows):
+    run = make_run(tmp_path / "run", rows, "augment")
+    file = run / "stages" / "01-prepare" / "manifest.json"
+    counts = {"responses_skipped_length": 25, "responses_skipped_line": 5, "seed_skipped_rank": 3}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"counts": counts}))
+    page = read(run)
+    assert page.texts["read"] == "40"
+    assert [row[:2] + row[3:] for row in page.tables["funnel-table"][1:]] == [
+        ["read", "40", ""],
+        ["rules of the source", "10", "length 25, line 5"],
+        ["prepare", "9", "empty_response 1"],
+        ["augment", "8", "empty_instruction 1"],
+    ]
+    assert page.texts["seed"].startswith(
+        "Seed pairs: 13 read, 3 refused by the rule rank, 2 dropped as too_long, 1 held out"
+    )
+
+
 def test_within_a_stage(tmp_path, rows):
     run = make_run(tmp_path / "run", rows, "augment")
     stage = run / "stages" / "03-augment"

@@ -27,6 +27,8 @@ from main_jax.filter import SCORES
 from main_jax.lm.progress import say, track
 from main_jax.pairs import COLUMNS, joined_instruction
 from main_jax.parts import Rows
+from main_jax.report.files import RunFiles
+from main_jax.report.funnel import funnel
 from main_jax.run import Run, files_below, versions
 
 FILE_ROWS = 50_000
@@ -187,12 +189,6 @@ def _card(run: Run, facts: dict[str, Any]) -> str:
         f"- `{key}`: {value or 'not declared'}"
         for key, value in facts["license"]["declared"].items()
     )
-    funnel = "\n".join(
-        f"| {stage} | {key.replace('_', ' ')} | {n:,} |"
-        for stage, counts in facts["counts"].items()
-        if stage in ("prepare", "augment", "score", "filter")
-        for key, n in counts.items()
-    )
     cut = _cut(run)
     return f"""---
 {head.to_yaml()}
@@ -214,9 +210,9 @@ arXiv 2504.12913; made with main_jax).
 
 ## From rows read to rows kept
 
-| stage | what | rows |
-|---|---|---:|
-{funnel}
+| stage | left | dropped here, by reason |
+|---|---:|---|
+{_funnel(run)}
 
 ## Columns
 
@@ -231,6 +227,16 @@ filter score is a column. `origin`, `source`, `round`, `generator` and `config_h
 
 Instructions are a model's output: its licence may say more.
 """
+
+
+def _funnel(run: Run) -> str:
+    """Lines of a table, the report's own figures."""
+    found = funnel(RunFiles(run.path))
+    lines = [f"| read | {found['read']:,} | |"]
+    for step in found["steps"]:
+        dropped = ", ".join(f"{reason} {n:,}" for reason, n in step["dropped"])
+        lines.append(f"| {step['stage']} | {step['left']:,} | {dropped or '–'} |")
+    return "\n".join(lines)
 
 
 def _cut(run: Run) -> str:

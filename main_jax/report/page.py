@@ -7,7 +7,6 @@ Of the tables only the columns of the charts are read, and the texts of the exam
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,8 @@ from main_jax.lm.progress import say
 from main_jax.report import html
 from main_jax.report.arms import arms
 from main_jax.report.evaluations import evaluations
-from main_jax.report.files import LINE_POINTS, RunFiles, columns, drops
+from main_jax.report.files import LINE_POINTS, RunFiles, columns
+from main_jax.report.funnel import funnel, seed
 from main_jax.report.pool import READ, Pool
 from main_jax.report.training import training
 
@@ -48,46 +48,10 @@ def render(run: RunFiles) -> str:
     """The page as HTML."""
     return html.render(
         "run.html", name=run.path.name, world=run.world, config=run.config,
-        config_text=run.config_text, stages=run.stages, versions=_versions(run), funnel=_funnel(run),
-        seed=_seed(run), arms=arms(run), evaluations=evaluations(run), training=training(run),
+        config_text=run.config_text, stages=run.stages, versions=_versions(run), funnel=funnel(run),
+        seed=seed(run), arms=arms(run), evaluations=evaluations(run), training=training(run),
         line_points=LINE_POINTS, **_scores(run),
     )  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------- funnel
-
-
-def _funnel(run: RunFiles) -> dict[str, Any]:
-    """From texts read to pairs kept: after each stage what is left, and what it dropped for which reason."""
-    steps: list[dict[str, Any]] = []
-    before: Counter[str] = Counter()
-    read = 0
-    for stage, part in (("prepare", "responses"), ("augment", ""), ("score", ""), ("filter", "")):
-        found = drops(run.folder(stage) / "data" / part)
-        if found is None:
-            break
-        rows = sum(found.values())
-        read = read or rows
-        dropped = found - before if rows == read else Counter()
-        del dropped[""]
-        steps.append({
-            "stage": stage, "left": found[""], "rows": rows, "share": min(1.0, found[""] / read),
-            "dropped": sorted(dropped.items()), "partial": rows < read,
-        })  # fmt: skip
-        before = found
-    return {"read": read, "steps": steps}
-
-
-def _seed(run: RunFiles) -> dict[str, Any]:
-    """The seed pairs: read, dropped by reason, held out, and left for training."""
-    train, held_out = (drops(run.folder("prepare") / "data" / t) for t in ("seed", "validation"))
-    if train is None:
-        return {}
-    left, held = train.pop("", 0), sum((held_out or {}).values())
-    dropped = sorted(train.items())
-    return {
-        "read": left + held + sum(train.values()), "dropped": dropped, "held_out": held, "left": left
-    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------- scores

@@ -31,7 +31,7 @@ def pair(i: int, **more) -> dict:
            "instruction_nll_sum": 9.0, "forward_tokens": 10, "reverse_tokens": 5}  # fmt: skip
     row = {"id": f"p{i}", "instruction": f"Wie heißt Nr. {i}?", "input": None,
            "response": f"Nummer {i} — so.",
-           "origin": "augmented", "source": "texts.jsonl", "round": 1, "truncated": False,
+           "origin": "augmented", "source": "texts.jsonl", "round": 1, "truncated": False, "weight": 1.0,
            "finish_reason": "stop"}  # fmt: skip
     return row | nll | more
 
@@ -56,9 +56,9 @@ def make_run(folder: Path, rows: list[dict], config=CONFIG) -> Path:
     return folder
 
 
-ROWS = [pair(i, input="Zusatz" if i == 1 else None) for i in range(9)] + [
-    pair(9, response="", drop_reason="empty_response", forward_nll_sum=None)
-]
+ROWS = [
+    pair(i, input="Zusatz" if i == 1 else None, weight=2.5 if i == 3 else 1.0) for i in range(9)
+] + [pair(9, response="", drop_reason="empty_response", forward_nll_sum=None)]
 KEPT = ["p0", "p1", "p2", "p3", "p4"]  # 9 in the pool; 4.5 is rounded up
 
 
@@ -107,11 +107,8 @@ def test_read_again_as_a_seed_it_gives_equal_pairs(run, tmp_path):
     for path in ("data/train-*.parquet", "jsonl/train-*.jsonl"):
         again = read_pairs(open_source(str(tmp_path / "out" / path)))
         for a, b in zip(again, kept, strict=True):
-            assert (a["id"], a["instruction"], a["response"]) == (
-                b["id"],
-                b["instruction"],
-                b["response"],
-            )
+            for name in ("id", "instruction", "response", "weight"):
+                assert a[name] == b[name]
             assert (a["input"] or None) == b["input"]
 
 

@@ -33,7 +33,7 @@ from main_jax.run import Run, files_below, versions
 
 FILE_ROWS = 50_000
 """Rows of one exported file."""
-_RENAMED = ("instruction", "input", "response", "weight", "keep", "drop_reason")
+_RENAMED = ("instruction", "input", "response", "keep", "drop_reason")
 
 
 def export_data(
@@ -219,7 +219,8 @@ arXiv 2504.12913; made with main_jax).
 `instruction`, `input`, `output` (Alpaca) and `messages` say the same. `forward_nll_sum` is the negative
 log-likelihood of the output given the instruction, in nats over `forward_tokens` tokens; `reverse_nll_sum` of
 the instruction given the output; `response_nll_sum` and `instruction_nll_sum` without their condition. Every
-filter score is a column. `origin`, `source`, `round`, `generator` and `config_hash` say where it comes from.
+filter score is a column. `weight` is the pair's in a training. `origin`, `source`, `round`,
+`generator` and `config_hash` say where it comes from.
 
 ## Licence
 

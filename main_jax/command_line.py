@@ -227,7 +227,7 @@ def build_parser() -> argparse.ArgumentParser:
     product.add_argument(
         "--push-to-hub",
         metavar="NAME",
-        help="also upload it, as the data set org/name (needs HF_TOKEN)",
+        help="also upload it, as the data set org/name; a new one is public (needs HF_TOKEN)",
     )
 
     report = verb(

@@ -169,6 +169,57 @@ def test_files_hold_so_many_rows(run, tmp_path, monkeypatch):
     assert len({pq.read_schema(f) for f in files}) == 1
 
 
+@pytest.fixture
+def hub(monkeypatch):
+    """What is asked of the hub, in order; `refusal` is raised where it is to refuse."""
+
+    class Hub(list):
+        refusal = None
+
+        def create_repo(self, repo_id, **how):
+            if self.refusal:
+                raise self.refusal
+            self.append(("create", repo_id, how))
+
+        def upload_folder(self, *, folder_path, **how):
+            files = {str(p.relative_to(folder_path)) for p in Path(folder_path).rglob("*.*")}
+            self.append(("upload", files, how))
+
+    found = Hub()
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: found)
+    return found
+
+
+def test_it_is_pushed_to_the_hub(run, tmp_path, hub, capfd):
+    words = ["export-data", str(run), str(tmp_path / "out"), "--push-to-hub", "me/pairs"]
+    assert main(words) == 0
+    files = {"README.md", "provenance.json", "data/train-00000.parquet", "jsonl/train-00000.jsonl"}
+    assert hub == [
+        ("create", "me/pairs", {"repo_type": "dataset", "exist_ok": True}),
+        ("upload", files, {"repo_type": "dataset", "repo_id": "me/pairs"}),
+    ]
+    assert "me/pairs: on the hub" in capfd.readouterr().err
+
+
+def test_what_the_hub_refuses_is_on_the_disk(run, tmp_path, hub, capfd):
+    hub.refusal = RuntimeError("401\nwho are you?")
+    words = ["export-data", str(run), str(tmp_path / "out"), "--push-to-hub", "me/pairs"]
+    assert main(words) == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith("main-jax: --push-to-hub me/pairs: 401 who are you?; the folder")
+    assert "hf upload me/pairs" in line and (tmp_path / "out" / "README.md").exists()
+
+
+@pytest.mark.parametrize("name", ["datasets/me/pairs", "me/pa irs", "me--you", ""])
+def test_a_name_that_the_hub_cannot_take_is_refused_before_the_work(
+    name, run, tmp_path, hub, capfd
+):
+    assert main(["export-data", str(run), str(tmp_path / "out"), f"--push-to-hub={name}"]) == 2
+    line = capfd.readouterr().err
+    assert line.startswith("main-jax: --push-to-hub: Repo") or "Cannot have -- or .." in line
+    assert line.count("\n") == 1 and not hub and not (tmp_path / "out").exists()
+
+
 def test_mistakes(run, tmp_path, capfd):
     (tmp_path / "taken").mkdir()
     assert main(["export-data", str(run), str(tmp_path / "taken")]) == 2

@@ -41,8 +41,11 @@ def export_data(
 ) -> None:
     """Writes the kept pairs (or every one, with `keep` and `drop_reason`) into a new folder.
 
+    `push_to_hub` names a data set of the hub; one that is not there yet becomes public.
     Raises UserError: the filter has not run, the name is taken, the hub refuses.
     """
+    if push_to_hub is not None:
+        _check_name(push_to_hub)
     target = check_new(destination, "DST")
     if not run.is_done("filter"):
         raise UserError(
@@ -64,7 +67,7 @@ def export_data(
             f"{destination}: the card says licence `other`: {keys} not set; declare what you hold "
             "before you publish"
         )
-    if push_to_hub:
+    if push_to_hub is not None:
         _push(target, push_to_hub)
 
 
@@ -258,6 +261,16 @@ def _size_category(rows: int) -> str:
     ends = (1_000, 10_000, 100_000, 1_000_000, 10_000_000)
     names = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M")
     return names[sum(rows >= end for end in ends)]
+
+
+def _check_name(name: str) -> None:
+    """Raises UserError for what the hub takes as no data set's name: now, and not after the work."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"--push-to-hub: {error}") from None
 
 
 def _push(folder: Any, name: str) -> None:

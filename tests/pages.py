@@ -15,6 +15,11 @@ HOSTILE = (
     "<script>alert('x')</script><img src=http://evil.example/a.png onerror=alert(1)> & \"it\" "
     "\x00\u202e"
 )
+QUIET = [
+    "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+"""Arguments of a browser that runs as root, and asks nothing of anybody by itself."""
 
 
 class Page(HTMLParser):
@@ -86,7 +91,7 @@ def open_browser():
         found = found or playwright.chromium.executable_path
         if not Path(found).exists():
             refuse("no browser: apt install chromium, or playwright install chromium")
-        opened = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        opened = playwright.chromium.launch(executable_path=found, args=QUIET)
         yield opened
         opened.close()
 

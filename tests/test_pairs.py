@@ -112,6 +112,15 @@ def test_conversations(column, role, text, names, write):
     ]  # fmt: skip
 
 
+def test_turns_that_come_as_lists_of_their_parts(write):
+    """As a `Sequence` of `datasets` of old, and TFDS, keep them."""
+    rows = [
+        {"conversations": {"from": ["human", "gpt"], "value": ["q", "a"]}},
+        {"conversations": {"from": ["human", "gpt", "human", "gpt"], "value": ["q1", "a1", "q2", "a2"]}},
+    ]  # fmt: skip
+    assert texts(read_pairs(write(rows))) == [("q", None, "a"), ("q1\n\na1\n\nq2", None, "a2")]
+
+
 @pytest.mark.parametrize("name", ["response", "text", "content", "output", "completion"])
 def test_responses_and_prompts(name, write):
     rows = [{name: "one", "url": "u"}, {name: "two", "url": None}]
@@ -238,6 +247,8 @@ GOOD = b'{"instruction": "q", "response": "a"}'
         (b'{"messages": "hi"}', ", row 1, messages: expected a list of turns"),
         (b'{"messages": null}', ", row 1, messages: expected a list of turns"),
         (b'{"messages": ["hi"]}', ", row 1, messages: expected a list of turns"),
+        (b'{"messages": {"role": ["user"], "content": ["q", "a"]}}', ", row 1, messages: expected a list of"),
+        (b'{"messages": {"role": [], "content": []}}', ", row 1, messages: no assistant turn"),
         (b'{"messages": []}', ", row 1, messages: no assistant turn"),
         (b'{"messages": [{"role": "user", "content": "q"}]}', ", row 1, messages: no assistant turn"),
         (b'{"messages": [{"role": "assistant"}]}', ", row 1, messages: every turn needs a role and a text"),

@@ -20,7 +20,6 @@ from main_jax.errors import UserError
 HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?", re.ASCII)
 SAVED = ("state.json", "dataset_dict.json")
 """What `save_to_disk` writes into a folder."""
-TURNS = ("messages", "conversations")
 
 
 @dataclass(frozen=True)
@@ -163,10 +162,6 @@ class Tfds:
                 raise UserError(f"{file}, row {i + 1}: a text in it is not valid UTF-8") from None
             except Exception as error:  # of the file's format
                 raise UserError(f"{file}, row {i + 1}: {brief(error, 300)}") from None
-            for name in TURNS:  # a list of turns comes as lists of their parts
-                if isinstance(turns := values.get(name), dict):
-                    parts = zip(*turns.values(), strict=True)
-                    values[name] = [dict(zip(turns, part, strict=True)) for part in parts]
             yield Row(file, i + 1, values)
 
     def fingerprint(self) -> str:

@@ -64,6 +64,7 @@ def _pair(row: dict, names: tuple[str, ...]) -> dict:
 
 def _conversation(turns: Any) -> dict:
     """The last assistant turn is the response, everything before it the instruction."""
+    turns = _by_turn(turns)
     if not isinstance(turns, list) or not all(isinstance(t, dict) for t in turns):
         raise ValueError("expected a list of turns")
     texts = []
@@ -77,6 +78,14 @@ def _conversation(turns: Any) -> dict:
         raise ValueError("no assistant turn")
     before = [text for _, text in texts[: answers[-1]]]
     return {"instruction": "\n\n".join(before), "input": None, "response": texts[answers[-1]][1]}
+
+
+def _by_turn(turns: Any) -> Any:
+    """A list of turns that comes as lists of their parts, as TFDS and `datasets` of old keep it, as turns."""
+    parts = list(turns.values()) if isinstance(turns, dict) else []
+    if not parts or not all(isinstance(p, list) and len(p) == len(parts[0]) for p in parts):
+        return turns
+    return [dict(zip(turns, turn, strict=True)) for turn in zip(*parts, strict=True)]
 
 
 def _read(

@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from bucket import use_bucket
 from etils import epath
-from etils.epath.backend import _FileSystemSpecBackend
-from fsspec.implementations.memory import MemoryFileSystem
 from tiny_decoder import DECODER, drawn_params, example, fresh
 
 import main_jax.lm.metrics as metrics
@@ -292,27 +291,14 @@ def test_the_error_of_a_training_is_not_lost_in_a_sink(tmp_path):
         raise ZeroDivisionError
 
 
-class Bucket(MemoryFileSystem):
-    """Google's storage, as etils asks fsspec for it, in memory."""
-
-    store, pseudo_dirs = {}, [""]
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol(path.removeprefix("gs://"))
-
-    def glob(self, path, **how):
-        return [found.lstrip("/") for found in super().glob(path, **how)]
-
-
 def test_event_files_go_where_nothing_can_be_appended_to(monkeypatch):
-    monkeypatch.setattr(_FileSystemSpecBackend, "_get_filesystem", lambda *_: Bucket())
+    bucket = use_bucket(monkeypatch)
     directory = epath.Path("gs://bucket/run/stages/forward")
     write(directory, TENSORBOARD, 6)
     assert len(events(directory)) == 8  # the format's version, the start, six steps
     write(directory, TENSORBOARD, 8, start=4)
     assert once(shown(directory)) == as_float32(logged(directory))
-    assert len(Bucket.store) == 3 and not Path("gs:").exists()
+    assert len(bucket.store) == 3 and not Path("gs:").exists()
 
 
 class FakeWandb(types.ModuleType):

@@ -7,10 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow as pa
 import pytest
+from bucket import use_bucket
 from etils import epath
-from etils.epath.backend import _FileSystemSpecBackend
 from pages import HOSTILE, LIMIT, Page, check_in_browser, check_self_contained, open_browser
-from test_metrics import Bucket
 from tiny_llama import make_tiny_llama
 
 from main_jax.cli import main
@@ -202,15 +201,9 @@ def test_the_page_says_why_nothing_was_scored(model, data, tmp_path, capfd):
     assert "No row could be scored" in output.with_suffix(".html").read_text()
 
 
-class Ours(Bucket):
-    """What other tests put into theirs is not in it."""
-
-    store, pseudo_dirs = {}, [""]
-
-
 def test_output_in_a_bucket(model, data, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(_FileSystemSpecBackend, "_get_filesystem", lambda *_: Ours())
+    use_bucket(monkeypatch)
     assert main(words(model, data, "gs://bucket/deep/scored.jsonl", "--template", "none")) == 0
     folder = epath.Path("gs://bucket/deep")
     assert sorted(path.name for path in folder.iterdir()) == ["scored.html", "scored.jsonl"]

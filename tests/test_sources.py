@@ -16,6 +16,7 @@ import pytest
 import tensorflow_datasets as tfds
 import yaml
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from bucket import use_bucket
 from tiny_llama import make_tiny_llama
 
 from main_jax.cli import main
@@ -668,6 +669,27 @@ def test_tfds_rows_that_were_lost_are_noticed(prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(found, "__len__", lambda self: 12)
     line = refusal(f"tfds:web_pairs?data_dir={prepared}/array_record")
     assert "split train: 12 rows are there, but its dataset_info.json says 20" in line
+
+
+# ------------------------------------------------------------------------------------------ gs://
+
+
+def test_files_and_globs_of_a_bucket(monkeypatch):
+    bucket = use_bucket(monkeypatch)
+    lines = [json.dumps(pair(i)).encode() + b"\n" for i in range(5)]
+    bucket.pipe("gs://data/pairs/b.jsonl", b"".join(lines[3:]))
+    bucket.pipe("gs://data/pairs/a.jsonl.gz", gzip.compress(b"".join(lines[:3])))
+    bucket.pipe("gs://data/other/c.jsonl", lines[0])
+    one, several = (open_source(f"gs://data/pairs/{n}") for n in ("b.jsonl", "*.jsonl*"))
+    assert answers(read_pairs(one)) == ["a3", "a4"]
+    assert answers(read_pairs(several)) == ["a0", "a1", "a2", "a3", "a4"]
+    assert read_pairs(several)[3]["source"] == "gs://data/pairs/b.jsonl"
+    assert one.size_bytes() == len(b"".join(lines[3:]))
+    before = several.fingerprint()
+    bucket.pipe("gs://data/pairs/b.jsonl", lines[3])
+    assert several.fingerprint() != before
+    for path, line in (("pairs/none.jsonl", "no such file"), ("n*/*.jsonl", "no file matches")):
+        assert f"gs://data/{path}: {line}" in refusal(f"gs://data/{path}")
 
 
 # ------------------------------------------------------------------------------------------ a run

@@ -1,6 +1,7 @@
 """The data product: loaded by `datasets`, read again as a seed, and a card that the hub's parser takes."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -114,11 +115,13 @@ def test_read_again_as_a_seed_it_gives_equal_pairs(run, tmp_path):
 
 def test_the_card_says_how_it_was_made(run, tmp_path, capfd):
     assert main(["export-data", str(run), str(tmp_path / "out")]) == 0
+    err = capfd.readouterr().err
+    assert re.search(r"5 pairs, other licence, [\d,]{3,} MB of host memory at most\n", err)
+    assert "data.seed_license and data.responses_license not set" in err
     card = DatasetCard.load(tmp_path / "out" / "README.md")
     assert card.data.license == "other"
     assert card.data.configs == [{"config_name": "default", "data_files": "data/train-*.parquet"}]
     assert card.data.size_categories == "n<1K"
-    assert "data.seed_license and data.responses_license not set" in capfd.readouterr().err
     funnel = card.text.partition("|---|---:|---|\n")[2].partition("\n\n")[0].splitlines()
     assert funnel == [  # each drop in the stage where it happened, and there alone
         "| read | 14 | |",

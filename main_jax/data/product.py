@@ -30,6 +30,7 @@ from main_jax.parts import Rows
 from main_jax.report.files import RunFiles
 from main_jax.report.funnel import funnel
 from main_jax.run import Run, files_below, versions
+from main_jax.tools.files import memory
 
 FILE_ROWS = 50_000
 """Rows of one exported file."""
@@ -60,7 +61,7 @@ def export_data(
             json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
         )
         (folder / "README.md").write_text(_card(run, facts))
-    say(f"{destination}: {facts['rows']:,} pairs, {facts['license']['id']} licence")
+    say(f"{destination}: {facts['rows']:,} pairs, {facts['license']['id']} licence, {memory()}")
     if facts["license"]["undeclared"]:
         keys = " and ".join(facts["license"]["undeclared"])
         say(

@@ -19,6 +19,7 @@ from main_jax.data.sources import Source, open_source
 from main_jax.errors import UserError
 from main_jax.lm.multihost import barrier, first
 from main_jax.lm.progress import say
+from main_jax.lm.runtime import peak_memory_bytes
 from main_jax.strict_yaml import nearest
 
 CHUNK_ROWS = 1024
@@ -91,6 +92,11 @@ def write(output: str, rows: Iterator[dict], columns: Types) -> None:
     """Writes the rows as they come, as the name of the output says."""
     schema = pa.schema(list(columns.items())) if output.endswith(".parquet") else None
     pairs.write_rows(output, rows, schema)
+
+
+def memory() -> str:
+    """What this process has held at most, for the last line of a verb."""
+    return f"{peak_memory_bytes() / 1e6:,.0f} MB of host memory at most"
 
 
 def open_both(data: str, key: str, output: str, columns: str | None = None) -> tuple[Source, str]:

@@ -47,7 +47,7 @@ def filter_file(
 
     files.write(output, rows(), columns)
     kept = int(np.count_nonzero(np.asarray(table["keep"])))
-    say(f"{output}: {by} keeps {kept:,} of {len(table):,} rows")
+    say(f"{output}: {by} keeps {kept:,} of {len(table):,} rows, {files.memory()}")
 
 
 def _measured(source: Source) -> pa.Table:

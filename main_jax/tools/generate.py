@@ -83,4 +83,4 @@ def generate_file(
             for raw, row in zip(given, written, strict=True)
         )
         files.write(output, answered, theirs | new)
-    say(f"{output}: {len(written):,} rows")
+    say(f"{output}: {len(written):,} rows, {files.memory()}")

@@ -111,7 +111,8 @@ def score_file(
     if dropped == len(table):
         raise UserError(f"{source}: no row could be scored; {output} says why (drop_reason)")
     shown = f"; see {page}" if page else ""
-    say(f"{output}: {len(table):,} rows, {dropped:,} of them without scores (drop_reason){shown}")
+    unscored = f"{dropped:,} of them without scores (drop_reason)"
+    say(f"{output}: {len(table):,} rows, {unscored}, {files.memory()}{shown}")
     if curator:
         unparsed, rated = parsed[False], parsed[False] + parsed[True]
         say(f"{output}: for {unparsed:,} of {rated:,} pairs no grade is the likeliest answer")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,6 +24,9 @@ from main_jax.weighting import Weighting
 
 COLUMNS = ("instruction", "response", "input", "messages", "id", "weight")
 """What `seed_columns`, `responses_columns` and `eval_columns` may name."""
+
+LICENSE = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*", re.ASCII)
+"""How the hub writes a licence's id; which of them there are, it alone knows."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,16 @@ class Data:
     responses_license: str | None = None
     validation_share: float = 0.05
     max_drop_share: float = 0.5
+
+    def __post_init__(self):
+        for key in ("seed_license", "responses_license"):
+            name = getattr(self, key)
+            if name is not None and not LICENSE.fullmatch(name):
+                as_id = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")
+                hint = f"; did you mean {as_id}?" if LICENSE.fullmatch(as_id) else ""
+                raise ValueError(
+                    f"{key}: expected a licence as the hub names it, such as apache-2.0, found {name!r}{hint}"
+                )
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,23 @@ def test_every_key_refuses_another_type(key, tmp_path):
     assert str(tmp_path / "config.yaml") in line
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("Apache 2.0", "; did you mean apache-2.0?"), ("MIT", "; did you mean mit?"),
+        ("cc-by_4.0 ", "; did you mean cc-by-4.0?"), ("-", ""), ("", ""),
+    ],
+)  # fmt: skip
+def test_a_licence_is_named_as_the_hub_does(name, hint, tmp_path):
+    line = refusal(tmp_path, yaml.safe_dump({"data": {"responses_license": name}}))
+    said = (
+        "data: responses_license: expected a licence as the hub names it, such as apache-2.0, found"
+    )
+    assert line.endswith(f"{said} {name!r}{hint}")
+    for known in ("apache-2.0", "cc-by-nc-sa-4.0", "odc-by", "bsd-3-clause", "llama3.1", "other"):
+        assert load(tmp_path, f"data: {{seed_license: {known}}}").data.seed_license == known
+
+
 def test_an_override_wins_over_the_file_and_leaves_its_section(tmp_path):
     config = load(tmp_path, "align: {rounds: 3, max_steps: 7}", "--align.rounds", "2")
     assert (config.align.rounds, config.align.max_steps) == (2, 7)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from main_jax.data import clean
 from main_jax.data.clean import ngrams, words
 from main_jax.parts import Rows
 
@@ -61,15 +62,16 @@ def loop_share(text: str) -> float:
 def faults(rows: Rows, hygiene: Hygiene) -> list[str | None]:
     """The drop reason of every row of a table, those that it has before those found here.
 
-    Of a table in parts only what is needed is read, a part at a time. Memory: the different instructions.
+    Of a table in parts only what is needed is read, a part at a time. Memory: a digest for each
+    different instruction.
     """
-    seen: Counter[str] = Counter()
+    seen: Counter[bytes] = Counter()
     reasons: list[str | None] = []
     for part in rows.tables(["instruction", "finish_reason", "drop_reason"]):
         for row in part.to_pylist():
             reason = row["drop_reason"] or hygiene.fault(row)
             if reason is None and hygiene.max_repeats is not None:
-                said = " ".join(words(row["instruction"]))
+                said = clean.digest(words(row["instruction"]))
                 seen[said] += 1
                 if seen[said] > hygiene.max_repeats:
                     reason = "repeated_instruction"

@@ -29,6 +29,11 @@ def words(text: str) -> list[str]:
     return WORD.findall(text.casefold()) or list(text.split())
 
 
+def digest(said: Sequence[str]) -> bytes:
+    """16 bytes that stand for these words."""
+    return hashlib.blake2b(" ".join(said).encode("utf-8", "replace"), digest_size=16).digest()
+
+
 def duplicates(near: float | None = None) -> Callable[[str], str | None]:
     """Asked of one text after another: the drop reason of one that says what an earlier one has said.
 
@@ -45,10 +50,9 @@ def duplicates(near: float | None = None) -> Callable[[str], str | None]:
         said = words(text)
         if not said:
             return None
-        digest = hashlib.blake2b(" ".join(said).encode("utf-8", "replace"), digest_size=16).digest()
-        if digest in seen:
+        if (told := digest(said)) in seen:
             return "duplicate"
-        seen.add(digest)
+        seen.add(told)
         if near is None:
             return None
         sketch = RMinHash(num_perm=PERMUTATIONS, seed=0)

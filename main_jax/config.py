@@ -41,7 +41,7 @@ class Data:
         recognised.
     seed_license, responses_license: as the hub names licences (apache-2.0); for the card of the result.
     validation_share: of the seed pairs, held out of every training.
-    max_drop_share: of either file; above it the run refuses to go on.
+    max_drop_share: of either file, as `prepare` reads it; above it the run refuses to go on.
     """
 
     seed_path: str | None = None

@@ -19,13 +19,14 @@ from tiny_llama import ANY_INSTRUCTION, make_tiny_llama
 from main_jax import finetune as finetune_module
 from main_jax.checker import contains
 from main_jax.cli import main
-from main_jax.config import Config
+from main_jax.config import Config, SystemPrompts
 from main_jax.lm.checkpoint import load_params
 from main_jax.lm.hf import load_checkpoint, stop_ids
 from main_jax.lm.model import Decoder
 from main_jax.lm.tokenizer import load_tokenizer
 from main_jax.parts import read_parts
 from main_jax.pipeline import open_run
+from main_jax.prompts import Direction
 from main_jax.strict_yaml import load_config
 
 STAGES = ("prepare", "align", "augment", "score", "filter", "finetune", "evaluate")
@@ -505,7 +506,7 @@ def test_stage_by_stage_with_everything_set_otherwise(own, tmp_path, capsys):
     check_system_prompts(run, config, tmp_path)
 
 
-TOLD = {"seed": "As an assistant.", "augmented": "From the web."}
+TOLD = {"seed": "As an assistant.", "augmented": "From the web.", "inference": "To a question."}
 
 
 def check_system_prompts(run: Path, config: Path, tmp_path: Path) -> None:
@@ -525,7 +526,11 @@ def check_system_prompts(run: Path, config: Path, tmp_path: Path) -> None:
     asked = load_tokenizer(tmp_path / "hf").apply_chat_template(
         [{"role": "user", "content": "Why?"}], tokenize=False
     )
-    assert f"{TOLD['seed']}\n\nWhy?" in asked
+    assert f"{TOLD['inference']}\n\nWhy?" in asked and TOLD["seed"] not in asked
+    question = opened.inference_prompt.question(Direction.FORWARD, opened.prompt.encode("Why?"), 99)
+    assert f"{TOLD['inference']}\n\nWhy?" in opened.prompt.decode(question)
+    assert SystemPrompts(seed="a", augmented="b").at_inference == "a"
+    assert SystemPrompts(seed="a", inference="").at_inference == ""  # said: nothing
 
 
 def test_no_rounds_and_too_many_drops(own, tmp_path, capsys):
@@ -571,6 +576,18 @@ def test_no_rounds_and_too_many_drops(own, tmp_path, capsys):
         long = scored["keep"] and len(scored["instruction"]) > limit
         assert (filtered["drop_reason"] == "long_instruction") == long
         assert not (long and filtered["keep"]) and (filtered["mutual"] is None) >= long
+    words = (*words[:2], "--filter.hygiene.min_characters", str(limit))
+    assert call(capsys, "filter", config, *words)[0] == 0
+    for scored, filtered in zip(rows(run, "score"), rows(run, "filter"), strict=True):
+        short = scored["keep"] and len(scored["instruction"]) < limit
+        assert (filtered["drop_reason"] == "short_instruction") == short
+    words = (*words[:2], "--filter.hygiene.keep_cut", "false")
+    code, _, err = call(capsys, "filter", config, *words)  # a random model ends no text by itself
+    assert code == 2 and "filter.mutual keeps no pair" in err
+    cut = [r["keep"] and r["finish_reason"] == "length" for r in rows(run, "score")]
+    assert any(cut)
+    found = [r["drop_reason"] == "cut_instruction" for r in rows(run, "filter")]
+    assert found == cut
 
 
 def check_own_test(run, config, values, asked, tmp_path, capsys) -> None:

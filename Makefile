@@ -12,8 +12,9 @@ INSTALLED_TPU := $(VENV)-tpu/.installed-$(VERSION)
 
 .PHONY: demo test test-slow lint format torch clean
 
+# On one CPU device, so that the numbers do not depend on how many cores there are.
 demo: $(INSTALLED)
-	$(BIN)/main-jax run configs/demo.yaml --output_dir runs/demo --seed $(SEED)
+	$(BIN)/main-jax run configs/demo.yaml --cpu-devices 1 --output_dir runs/demo --seed $(SEED)
 
 test: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from etils import epath
 
-from main_jax.lm.generate import Sampling, generate
+from main_jax.lm.generate import Sampling, Statistics, generate
+from main_jax.lm.progress import say
 from main_jax.lm.sharding import use_mesh
 from main_jax.models import LanguageModel
 from main_jax.pairs import joined_instruction
@@ -42,6 +43,7 @@ def complete(
     seed: int,
     batch_size: int,
     on_done: Callable[[int], None] = lambda rows: None,
+    statistics: Statistics | None = None,
 ) -> list[Completion]:
     """The target side of `direction` for every row, from its other side; same order.
 
@@ -66,6 +68,7 @@ def complete(
         model.decoder, model.params, [tokens for _, tokens in asked],
         [rows[i]["id"] for i, _ in asked], sampling,
         stop_ids=prompt.stop_ids, seed=seed, batch_size=batch_size, on_done=on_done,
+        statistics=statistics,
     )  # fmt: skip
     for (i, _), generation in zip(asked, generated, strict=True):
         text = prompt.decode(generation.tokens)
@@ -130,13 +133,17 @@ def write_chunks(
         finish: a last look at the rows of a chunk before they are committed.
     """
     load, runtime = cache(load), run.config.runtime
-    seed = derive_seed(run.config.seed, purpose)
+    seed, statistics = derive_seed(run.config.seed, purpose), Statistics()
 
     def write(chunk: Sequence[dict], advance: Callable[[int], None]) -> list[dict]:
         with use_mesh(run.config.inference_mesh, local=True):
             return finish(write_side(
                 chunk, direction, load(), prompt or run.prompt, sampling,
                 seed=seed, batch_size=runtime.generation_batch_size, on_done=advance,
+                statistics=statistics,
             ))  # fmt: skip
 
-    return map_chunks(rows, out / "data", runtime.chunk_rows, write, label)
+    written = map_chunks(rows, out / "data", runtime.chunk_rows, write, label)
+    if statistics.steps:
+        say(f"{label}: {statistics}")
+    return written

@@ -234,7 +234,8 @@ class Runtime:
     """How it is computed; none of this is meant to change results beyond rounding.
 
     compute_dtype: `auto` is bfloat16 on accelerators, float32 on CPU.
-    attention: `auto` is splash on TPUs, cuDNN on GPUs where it applies, else xla.
+    attention: `auto` is splash on TPUs, cuDNN on GPUs where it applies, blocks on CPUs for long rows, else
+        xla.
     remat: activation checkpointing of the layers.
     chunk_rows: rows per committed part file; generation_batch_size: rows decoded together.
     preemption_exit_code: after SIGTERM, when what was done is saved. Job managers take 0 as finished.

@@ -119,7 +119,8 @@ def worlds(tmp_path_factory) -> list[dict]:
     for seed in WORLDS:
         run = folder / f"world-{seed}"
         done = subprocess.run(
-            [TOOL, "run", ROOT / "configs" / "demo.yaml", "--seed", str(seed), "--output_dir", run],
+            [TOOL, "run", ROOT / "configs" / "demo.yaml", "--cpu-devices", "1", "--seed", str(seed),
+             "--output_dir", run],
             capture_output=True, text=True, timeout=LIMIT_S, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]

@@ -1,5 +1,6 @@
 """Generation: the cached loop against one that recomputes everything, and sampling against NumPy."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny_decoder import CONFIG, DECODER, drawn_params, logits_of
 
-from main_jax.lm.generate import Sampling, generate, row_key
+from main_jax.lm.decode import admit, decode
+from main_jax.lm.generate import Sampling, Statistics, generate, row_key
+from main_jax.lm.model import Decoder
 from main_jax.lm.sampling import sample
 
 NEW = 12
@@ -96,6 +99,68 @@ def test_finished_rows_are_reported_in_batches():
     done = []
     gen([prompts()[0]] * 7, [f"{i}" for i in range(7)], on_done=done.append)
     assert done == [3, 3, 1]
+
+
+# ------------------------------------------------------------------------------------------ refill
+
+
+LIMITS = [1, 12, 3, 7, 12, 2, 5, 9]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 16])
+def test_a_row_ends_at_its_limit_whatever_shares_the_batch(batch_size):
+    found = generate(
+        DECODER, drawn_params(), prompts(), IDS, GREEDY,
+        stop_ids=(), seed=0, batch_size=batch_size, limits=LIMITS,
+    )  # fmt: skip
+    for result, free, limit, prompt in zip(found, greedy(), LIMITS, prompts(), strict=True):
+        _, margins = uncached_greedy(prompt, limit)
+        sure = int(np.sum(margins > MARGIN))
+        assert len(result.tokens) == limit and result.finish_reason == "length"
+        assert result.tokens[:sure].tolist() == free.tokens[:sure].tolist()
+
+
+def test_limits_are_between_one_and_max_new_tokens():
+    for limit in (0, NEW + 1):
+        with pytest.raises(ValueError, match=f"prompt row-1: at most {limit} new tokens"):
+            gen(prompts()[:2], IDS[:2], limits=[1, limit])
+
+
+def test_a_free_row_takes_the_next_prompt_and_nothing_is_compiled_anew():
+    rng = np.random.default_rng(3)
+    asked = [rng.integers(0, 61, n) for n in rng.integers(1, 60, 40)]  # three buckets
+    limits = [int(n) for n in rng.integers(1, NEW + 1, 40)]
+    ids, statistics = [f"{i}" for i in range(40)], Statistics()
+    before = decode._cache_size(), admit._cache_size()
+    rows = gen(asked, ids, limits=limits, statistics=statistics)
+    assert decode._cache_size() - before[0] <= 1 and admit._cache_size() - before[1] <= 3
+    assert [len(row.tokens) for row in rows] == limits
+    s = statistics
+    assert s.rows == 40 and s.new_tokens == s.live_row_steps == sum(limits)
+    assert s.row_steps == 3 * s.steps and s.prefills == 40
+    # One at a time is refilled: only at the end does a row go without a prompt.
+    assert s.row_steps - s.live_row_steps <= 3 * NEW
+    assert s.utilisation == sum(limits) / (3 * s.steps) > 0.9
+
+
+def test_a_window_is_that_of_packed_rows():
+    """In a cache of several blocks, read from where the window begins."""
+    config = dataclasses.replace(CONFIG, sliding_window=9, max_position_embeddings=256)
+    decoder = Decoder(config)
+    asked = [np.random.default_rng(n).integers(0, 61, n) for n in (3, 70, 200)]
+    found = generate(
+        decoder, drawn_params(), asked, IDS[:3], Sampling(6), stop_ids=(), seed=0, batch_size=2
+    )
+    for prompt, result in zip(asked, found, strict=True):
+        tokens = list(prompt)
+        for token in result.tokens:
+            logits = logits_of(tokens, decoder=decoder)[-1]
+            second, first = np.sort(logits)[-2:]
+            if first - second < MARGIN:
+                break
+            assert token == np.argmax(logits)
+            tokens.append(token)
+        assert len(tokens) > len(prompt) + 2
 
 
 # ---------------------------------------------------------------------------------------- sampling

@@ -584,6 +584,26 @@ def test_steps_come_from_epochs_unless_given():
 def test_every_optimiser_setting_reaches_the_step():
     settings = TrainingSettings(
         adam_beta1=0.1, adam_beta2=0.2, adam_epsilon=0.3, weight_decay=0.4, max_grad_norm=0.5,
-        loss_normalization="token",
+        loss_normalization="token", adam_mu_dtype="bfloat16",
     )  # fmt: skip
-    assert settings.optimizer() == Optimizer(0.1, 0.2, 0.3, 0.4, 0.5, "token")
+    assert settings.optimizer() == Optimizer(0.1, 0.2, 0.3, 0.4, 0.5, "bfloat16", "token")
+
+
+def test_a_first_moment_in_bfloat16_takes_two_bytes_less():
+    """And steps are those of float32 to bfloat16's rounding."""
+    weighting, params = Weighting("constant"), drawn_params()
+    moved, sizes = {}, {}
+    for dtype in ("float32", "bfloat16"):
+        optimizer = Optimizer(mu_dtype=dtype)
+        state = init_state(fresh(params), CONFIG, optimizer, weighting)
+        sizes[dtype] = sum(x.nbytes for x in jax.tree.leaves(state.opt_state))
+        transform = optimizer.transform()
+        state, total = state.opt_state, jax.tree.map(np.zeros_like, params)
+        for k in range(3):
+            grads = jax.tree.map(lambda x, k=k: jnp.cos((k + 2) * x), params)
+            step, state = transform.update(grads, state, params)
+            total = jax.tree.map(np.add, total, step)
+        moved[dtype] = np.concatenate([np.ravel(x) for x in jax.tree.leaves(total)])
+    assert sizes["float32"] - sizes["bfloat16"] == 2 * CONFIG.num_params()
+    error = np.abs(moved["float32"] - moved["bfloat16"])
+    assert 0 < error.mean() < 0.01 * np.abs(moved["float32"]).mean()

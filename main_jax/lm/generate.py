@@ -57,6 +57,11 @@ class Statistics:
         """Share of the row steps that served a row."""
         return self.live_row_steps / max(self.row_steps, 1)
 
+    def __str__(self) -> str:
+        return (
+            f"{self.new_tokens:,} new tokens; {self.utilisation:.0%} of the rows' steps served one"
+        )
+
 
 def generate(
     decoder: Decoder,

@@ -17,7 +17,7 @@ from main_jax.data.files import digest
 from main_jax.data.reading import read_instructions, read_responses
 from main_jax.errors import UserError
 from main_jax.hub import find_model
-from main_jax.lm.generate import Sampling
+from main_jax.lm.generate import Sampling, Statistics
 from main_jax.lm.progress import say
 from main_jax.lm.sharding import MeshShape, use_mesh
 from main_jax.models import open_checkpoint
@@ -56,13 +56,13 @@ def generate_file(
     given = files.as_given(source)
     theirs = files.their_columns(output, given)  # better now than after the work
     check_room(output, 6 * (source.size_bytes() or 0) + 1_000_000, "the output")
-    load = cache(checkpoint.model)
+    load, statistics = cache(checkpoint.model), Statistics()
 
     def write_chunk(chunk: Sequence[dict], advance: Callable[[int], None]) -> list[dict]:
         with use_mesh(MeshShape(), local=True):
             completions = complete(
                 chunk, direction, load(), prompt, sampling,
-                seed=seed, batch_size=batch_size, on_done=advance,
+                seed=seed, batch_size=batch_size, on_done=advance, statistics=statistics,
             )  # fmt: skip
         return [{"completion": c.text, "finish_reason": c.finish_reason} for c in completions]
 
@@ -83,4 +83,6 @@ def generate_file(
             for raw, row in zip(given, written, strict=True)
         )
         files.write(output, answered, theirs | new)
+    if statistics.steps:
+        say(f"generate: {statistics}")
     say(f"{output}: {len(written):,} rows, {files.memory()}")

@@ -48,7 +48,7 @@ def main(config: str, run: str, log: str, stages: str, *which: str) -> None:
 
     parts._write_part, Prompt.encode_all, align.load_params = written, encoded, loaded
     opened = pipeline.open_run(load_config(Config, config, ["--output_dir", run]))
-    with use_mesh(MeshShape(), local=True):
+    with use_mesh(MeshShape(fsdp=2), local=True):
         assert lies_here(opened.base.load())
     for stage in stages.split(","):
         for list_ in done.values():

@@ -5,6 +5,7 @@ starts.
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -152,3 +153,61 @@ def test_outputs_lie_where_the_rules_say(mesh, results):
     assert found["up_shard"] == [2, 48 // fsdp, 88 // tensor]
     assert found["tokens_shard"][1] * data * fsdp == found["tokens_shape"][1]
     assert found["cache_shard"] == [2, 16 // (data * fsdp), 4 // tensor, 128, 10]
+
+
+# ------------------------------------------------------------------------------------------ CPU devices
+
+
+def in_a_process(code, **variables):
+    """What a program prints; JAX's settings are those of nobody but `variables`."""
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment | {"JAX_PLATFORMS": "cpu"} | variables,
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.strip()
+
+
+def test_a_cpu_is_one_device_per_core_unless_something_is_said():
+    code = """
+import jax
+from main_jax.lm.runtime import MOST_CPU_DEVICES, cores, initialize
+initialize(False)
+print(jax.device_count() == min(cores(), MOST_CPU_DEVICES), jax.device_count())
+"""
+    assert in_a_process(code).startswith("True")
+    assert in_a_process(code, JAX_NUM_CPU_DEVICES="3").endswith(" 3")
+    assert in_a_process(code, XLA_FLAGS="--xla_force_host_platform_device_count=5").endswith(" 5")
+    asked = code.replace("initialize(False)", "initialize(False, cpu_devices=4)")
+    assert in_a_process(asked).endswith(" 4")
+
+
+def test_cpu_devices_of_one_process_share_one_copy_of_the_parameters():
+    """Rows are cut up and parameters are whole; what is donated is copied first."""
+    code = """
+import jax, jax.numpy as jnp, numpy as np
+from main_jax.lm.runtime import initialize
+from main_jax.lm.sharding import MeshShape, one_copy, place_like_params, row_shards, use_mesh
+from tiny_decoder import CONFIG, drawn_params
+
+initialize(False, cpu_devices=3)
+with use_mesh(MeshShape(), local=True):
+    assert row_shards() == 3
+    tree = one_copy(place_like_params(drawn_params(), CONFIG))
+    for leaf in jax.tree.leaves(tree):
+        assert len({s.data.unsafe_buffer_pointer() for s in leaf.addressable_shards}) == 1
+        assert len(leaf.sharding.device_set) == 3
+    twice = jax.jit(lambda x: jax.tree.map(lambda x: 2 * x, x), donate_argnums=0)
+    found = twice(twice(tree))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(drawn_params()), strict=True):
+        for shard in a.addressable_shards:
+            np.testing.assert_array_equal(shard.data, 4 * b)
+with use_mesh(MeshShape(fsdp=3), local=True):
+    tree = place_like_params(drawn_params(), CONFIG)
+    assert jax.tree.all(jax.tree.map(lambda a, b: a is b, tree, one_copy(tree)))
+print("done")
+"""
+    assert in_a_process(code, PYTHONPATH=str(Path(__file__).parent)) == "done"

@@ -46,6 +46,7 @@ def both(own, tmp_path_factory):  # noqa: F811
     changes = {
         "align": {"rounds": 0},
         "runtime": {"chunk_rows": 16},
+        "inference_mesh": {"fsdp": 2},  # in parts, as they would not be by default on a CPU
         "data": {"max_drop_share": 0.6},
     }
     config = config_file(folder / "config.yaml", values, **changes)

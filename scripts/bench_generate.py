@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from bench_workers import Variant, Worker, compare, cores, table
+from bench_workers import Variant, Worker, compare, cores, start_jax, table
 
 HF_BATCH = 16
 NEW = 768
@@ -35,15 +35,9 @@ def our_runs(
 ) -> dict[str, Any]:
     """Name the ways to generate; each gives the tokens of every prompt, and its share of live rows."""
     from main_jax.lm.generate import Sampling, Statistics, generate
-    from main_jax.lm.hf import load_checkpoint
     from main_jax.lm.model import Decoder
-    from main_jax.lm.runtime import initialize
-    from main_jax.lm.sharding import MeshShape, use_mesh
 
-    initialize(cpu_devices=devices)
-    mesh = use_mesh(MeshShape(data=devices, fsdp=1))
-    mesh.__enter__()  # for as long as the process lives
-    config, params = load_checkpoint(path)
+    config, params = start_jax(path, devices)
     ids = [str(i) for i in range(len(prompts))]
 
     def run(batch: int) -> tuple[list[list[int]], float]:

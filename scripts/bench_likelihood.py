@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from bench_workers import Variant, Worker, compare, cores, table
+from bench_workers import Variant, Worker, compare, cores, start_jax, table
 
 STEPS = 2
 LONGEST = 2048
@@ -30,23 +30,11 @@ TRAINING = {
 # -------------------------------------------------------------------------------- ours, in a worker
 
 
-def _open(path: str, devices: int) -> Any:
-    """Start JAX on so many devices, for good, and load the model."""
-    from main_jax.lm.hf import load_checkpoint
-    from main_jax.lm.runtime import initialize
-    from main_jax.lm.sharding import MeshShape, use_mesh
-
-    initialize(cpu_devices=devices)
-    mesh = use_mesh(MeshShape(data=devices, fsdp=1))
-    mesh.__enter__()  # for as long as the process lives
-    return *load_checkpoint(path), mesh
-
-
 def score_runs(
     path: str, kinds: Sequence[Sequence[Any]], devices: int, attentions: Sequence[str], budget: int
 ) -> dict[str, Any]:
     """Name the ways to score; each gives the sum of every text, kind after kind."""
-    config, params, _ = _open(path, devices)
+    config, params = start_jax(path, devices)
 
     from main_jax.lm.batches import Example
     from main_jax.lm.model import Decoder
@@ -67,7 +55,7 @@ def train_runs(
     path: str, steps: Sequence[Sequence[Any]], devices: int, attentions: Sequence[str], remat: str
 ) -> dict[str, Any]:
     """Name the ways to train; each gives the loss of every step and goes on where its last run ended."""
-    config, params, _ = _open(path, devices)
+    config, params = start_jax(path, devices)
 
     import jax
 

@@ -57,6 +57,21 @@ def draw_pairs(count: int, config: DecoderConfig, seed: int = 0) -> list[tuple[A
 
 # --------------------------------------------------------------------------------------- processes
 
+
+def start_jax(path: str, devices: int) -> tuple[DecoderConfig, Any]:
+    """In a worker: JAX on so many CPU devices that share the rows of a batch, and a checkpoint on them."""
+    import jax
+
+    from main_jax.lm.hf import load_checkpoint
+    from main_jax.lm.runtime import initialize
+    from main_jax.lm.sharding import MeshShape, make_mesh
+
+    initialize(cpu_devices=devices)
+    if devices > 1:
+        jax.set_mesh(make_mesh(MeshShape(data=devices, fsdp=1)))  # for as long as the process lives
+    return load_checkpoint(path)
+
+
 Runs = dict[str, Callable[[], Any]]
 
 

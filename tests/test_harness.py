@@ -33,6 +33,7 @@ from main_jax.evaluation import tasks as task_files
 from main_jax.evaluation.harness import evaluate_model
 from main_jax.evaluation.published import CHOICES, OPENLLM, above_guessing, published
 from main_jax.lm.generate import Sampling, generate
+from main_jax.lm.loss import CHUNK_LOGITS
 from main_jax.lm.sharding import MeshShape
 from main_jax.lm.tokenizer import load_tokenizer
 from main_jax.models import open_checkpoint
@@ -420,7 +421,7 @@ def test_chunks_of_logits_change_nothing(model, tmp_path, monkeypatch):
     asked = [(lm.tok_encode(f"{text}:"), [7 + i]) for text in WORDS for i in range(3)]
     asked += [(lm.tok_encode("a"), lm.tok_encode(texts(4)(12)))]
     whole = adapter.likelihoods(lm._model(), asked, 512, 600)
-    monkeypatch.setattr("main_jax.lm.loss.CHUNK_LOGITS", 307 * 7 * 5)  # so many tokens of every row
+    monkeypatch.setitem(CHUNK_LOGITS, "cpu", 307 * 7 * 5)  # so many tokens of every row
     jax.clear_caches()
     chunked = adapter.likelihoods(lm._model(), asked, 512, 600)
     jax.clear_caches()

@@ -45,10 +45,10 @@ def assert_trees_close(found, expected, tolerance=1e-5):
 # --------------------------------------------------------------------------------- the likelihood
 
 
-@functools.partial(jax.jit, static_argnums=4, compiler_options=FAST)
-def nll_and_gradients(hidden, unembed, targets, factors, chunk_logits):
+@functools.partial(jax.jit, static_argnums=5, compiler_options=FAST)
+def nll_and_gradients(hidden, unembed, targets, counted, factors, chunk_logits):
     def total(hidden, unembed):
-        nll = token_nll(hidden, unembed, targets, chunk_logits)
+        nll = token_nll(hidden, unembed, targets, counted, chunk_logits)
         return jnp.sum(nll * factors), nll
 
     (_, nll), gradients = jax.value_and_grad(total, (0, 1), has_aux=True)(hidden, unembed)
@@ -57,20 +57,22 @@ def nll_and_gradients(hidden, unembed, targets, factors, chunk_logits):
 
 @pytest.mark.parametrize("chunk_logits", [1, 61 * 15, 61 * 21 + 60, 61 * 48, 61 * 51])
 def test_chunked_token_nll_equals_log_softmax(chunk_logits):
-    """3 rows of 17 tokens in chunks of 1, 5, 7, 16 and 17 of every row."""
+    """3 rows of 17 tokens in chunks of 1, 5, 7, 16 and 17 of every row; of one row nothing counts."""
     rows, n, d, v = 3, 17, 11, 61
     rng = np.random.default_rng(0)
     hidden = rng.normal(size=(rows, n, d)).astype(np.float32)
     unembed = rng.normal(size=(d, v)).astype(np.float32)
     targets = rng.integers(0, v, (rows, n)).astype(np.int32)
     factors = rng.normal(size=(rows, n)).astype(np.float32)
-    nll, gradients = nll_and_gradients(hidden, unembed, targets, factors, chunk_logits)
+    counted = rng.random((rows, n)) < np.array([[0.7], [0], [0.3]])
+    nll, gradients = nll_and_gradients(hidden, unembed, targets, counted, factors, chunk_logits)
+    factors = factors * counted
 
     h, w = hidden.astype(np.float64), unembed.astype(np.float64)
     logits = h @ w
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     expected = -np.take_along_axis(log_probs, targets[..., None], -1)[..., 0]
-    np.testing.assert_allclose(nll, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(nll, expected * counted, rtol=1e-5, atol=1e-5)
     by_logits = (np.exp(log_probs) - np.eye(v)[targets]) * factors[..., None]
     by_unembed = np.einsum("btd,btv->dv", h, by_logits)
     assert_trees_close(gradients, (by_logits @ w.T, by_unembed))

@@ -19,7 +19,9 @@ from main_jax.lm.sharding import constrain, row_shards
 
 CHUNK_LOGITS = {"cpu": 1 << 21, "gpu": 1 << 24, "tpu": 1 << 24}
 """Logits alive at once on a device; the number of tokens per chunk follows from V. On a CPU 8 MiB, which its
-caches hold: with 64 MiB scoring a model of 15 million parameters takes a third longer."""
+caches hold: with 64 MiB the head of a model of 15 million parameters takes a third longer."""
+GRADIENT_CHUNK_LOGITS = 1 << 24
+"""The same where there are gradients: that of the head is added up once per chunk."""
 
 
 def token_nll(hidden, unembed, targets, counted, chunk_logits: int | None = None):
@@ -112,8 +114,8 @@ def _sum_by_example(values, batch: Batch):
     return constrain(sums, "E")
 
 
-def per_example_nll(decoder: Decoder, params, batch: Batch):
-    """The NLL of every example of a packed batch.
+def per_example_nll(decoder: Decoder, params, batch: Batch, chunk_logits: int | None = None):
+    """The NLL of every example of a packed batch; `chunk_logits` as in `token_nll`.
 
     Returns:
         (sum [E] float32 in nats, count [E] float32 target tokens). They travel apart: whoever needs a
@@ -122,7 +124,7 @@ def per_example_nll(decoder: Decoder, params, batch: Batch):
     hidden, _ = decoder.apply(params, batch.tokens, batch.positions, batch.segment_ids)
     with jax.named_scope("loss"):
         counted = batch.example < batch.fields["valid"].shape[0]
-        nll = token_nll(hidden, decoder.unembed(params), batch.targets, counted)
+        nll = token_nll(hidden, decoder.unembed(params), batch.targets, counted, chunk_logits)
         return _sum_by_example(nll, batch), _sum_by_example(jnp.ones_like(nll), batch)
 
 

@@ -19,7 +19,7 @@ import optax
 
 from main_jax.lm.arch import DecoderConfig
 from main_jax.lm.batches import Batch
-from main_jax.lm.loss import per_example_nll
+from main_jax.lm.loss import GRADIENT_CHUNK_LOGITS, per_example_nll
 from main_jax.lm.model import Decoder
 from main_jax.lm.sharding import (
     abstract_like_params,
@@ -133,7 +133,7 @@ def accumulate(
     batches = batches._replace(fields=weighting.prepare(batches.fields))
 
     def weighted_sum(params, batch):
-        sums, counts = per_example_nll(decoder, params, batch)
+        sums, counts = per_example_nll(decoder, params, batch, GRADIENT_CHUNK_LOGITS)
         mean = sums / jnp.maximum(counts, 1)
         counted = batch.fields["valid"] & (counts > 0)
         fixed = jax.lax.stop_gradient(mean)

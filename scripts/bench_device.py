@@ -149,22 +149,30 @@ def _inference_params(decoder: Any) -> Any:
     return jax.tree.unflatten(tree, drawn)
 
 
+def _products(
+    run: Callable[[], Any], config: DecoderConfig, rows: int, options: argparse.Namespace, each: int
+) -> dict[str, Any]:
+    """Time a run on full rows that takes so many FLOPs per parameter and token."""
+    from main_jax.lm.plan import matrix_params
+
+    tokens = rows * TOKENS
+    return {
+        "seconds": statistics.median(timed(run, options.repeats)),
+        "tokens": tokens,
+        "flops": each * matrix_params(config) * tokens,
+    }
+
+
 def score(config: DecoderConfig, rows: int, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a batch in one direction."""
     import jax
 
     from main_jax.lm.loss import example_nlls
-    from main_jax.lm.plan import matrix_params
 
     decoder = _decoder(config, options)
     params, batch = _inference_params(decoder), jax.device_put(_texts(config, rows))
     run = partial(example_nlls, (decoder,), [params], [batch])
-    tokens = rows * TOKENS
-    return {
-        "seconds": statistics.median(timed(run, options.repeats)),
-        "tokens": tokens,
-        "flops": 2 * matrix_params(config) * tokens,
-    }
+    return _products(run, config, rows, options, 2)
 
 
 def train(config: DecoderConfig, rows: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -172,7 +180,6 @@ def train(config: DecoderConfig, rows: int, options: argparse.Namespace) -> dict
     import jax
 
     from main_jax.lm.batches import stack
-    from main_jax.lm.plan import matrix_params
     from main_jax.lm.step import Optimizer, init_state, train_step
     from main_jax.weighting import Weighting
 
@@ -190,12 +197,7 @@ def train(config: DecoderConfig, rows: int, options: argparse.Namespace) -> dict
         )  # fmt: skip
         return metrics
 
-    tokens = rows * TOKENS
-    return {
-        "seconds": statistics.median(timed(run, options.repeats)),
-        "tokens": tokens,
-        "flops": 6 * matrix_params(config) * tokens,
-    }
+    return _products(run, config, rows, options, 6)
 
 
 def generate(config: DecoderConfig, rows: int, options: argparse.Namespace) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from bench_workers import Variant, Worker, compare, cores, start_jax, table
+from bench_workers import Variant, Worker, compare, first_cores, start_jax, table
 
 HF_BATCH = 16
 NEW = 768
@@ -132,9 +132,7 @@ def on_cores(
     options: argparse.Namespace, path: str, prompts: Any, limits: list[int], count: int
 ) -> dict[str, Any]:
     """Compare on so many cores."""
-    where = cores()[:count]
-    if len(where) < count:
-        raise SystemExit(f"--cores {count}: there are only {len(where)}")
+    where = first_cores(count)
     by = "cpu_seconds" if count == 1 else "seconds"
     title = f"{count} core{'s' * (count > 1)}"
     total = sum(limits)

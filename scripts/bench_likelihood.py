@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from bench_workers import Variant, Worker, compare, cores, start_jax, table
+from bench_workers import Variant, Worker, compare, first_cores, start_jax, table
 
 STEPS = 2
 LONGEST = 2048
@@ -199,9 +199,7 @@ def _variants(
     options: argparse.Namespace, count: int, ours: Any, theirs: Any, names: Sequence[str]
 ) -> tuple[list[Worker], list[Variant]]:
     """Start the workers of so many cores; on two, PyTorch's with two threads, and two with one each."""
-    where = cores()[:count]
-    if len(where) < count:
-        raise SystemExit(f"--cores {count}: there is only one")
+    where = first_cores(count)
     worker = Worker(where, *ours(count))
     workers, variants = [worker], []
     for attention in options.attention:

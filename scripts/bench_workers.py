@@ -127,6 +127,13 @@ def cores() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
+def first_cores(count: int) -> list[int]:
+    """So many of them. Ends the program where there are fewer."""
+    if len(found := cores()[:count]) < count:
+        raise SystemExit(f"--cores {count}: there are only {len(found)}")
+    return found
+
+
 # --------------------------------------------------------------------------------------- comparison
 
 

@@ -113,7 +113,7 @@ BACKENDS: dict[str, Backend] = {
         ("cpu",),
         ("cpu",),
         lambda *_: None,
-        auto_from=3 * attention_blocks.TILE,
+        auto_from=3 * attention_blocks.TILE,  # of fewer tiles hardly one is left out
         foreign=False,
     ),
     "xla": Backend(

@@ -16,7 +16,7 @@ import pytest
 from tiny_decoder import CONFIG, DECODER, FAST, drawn_params, example, fresh, slow_nll
 
 from main_jax.lm.batches import Example, Shape, Unit, UnitStream, collate
-from main_jax.lm.loss import example_nlls, per_example_nll, token_nll
+from main_jax.lm.loss import example_nlls, token_nll, weighted_nll, weighted_token_nll
 from main_jax.lm.step import Optimizer, accumulate, init_state, is_matrix, train_step
 from main_jax.lm.train import TrainingSettings
 from main_jax.weighting import Weighting
@@ -47,17 +47,16 @@ def assert_trees_close(found, expected, tolerance=1e-5):
 
 @functools.partial(jax.jit, static_argnums=5, compiler_options=FAST)
 def nll_and_gradients(hidden, unembed, targets, counted, factors, chunk_logits):
-    def total(hidden, unembed):
-        nll = token_nll(hidden, unembed, targets, counted, chunk_logits)
-        return jnp.sum(nll * factors), nll
+    def total(*arrays):
+        return weighted_token_nll(*arrays, targets, counted, factors, chunk_logits)
 
-    (_, nll), gradients = jax.value_and_grad(total, (0, 1), has_aux=True)(hidden, unembed)
-    return nll, gradients
+    nll = token_nll(hidden, unembed, targets, counted, chunk_logits)
+    return nll, jax.value_and_grad(total, (0, 1), has_aux=True)(hidden, unembed)
 
 
 @pytest.mark.parametrize("chunk_logits", [1, 61 * 15, 61 * 21 + 60, 61 * 48, 61 * 51])
 def test_chunked_token_nll_equals_log_softmax(chunk_logits):
-    """3 rows of 17 tokens in chunks of 1, 5, 7, 16 and 17 of every row; of one row nothing counts."""
+    """3 rows of 17 tokens in chunks of 1, 15, 21, 48 and 51; of one row nothing counts."""
     rows, n, d, v = 3, 17, 11, 61
     rng = np.random.default_rng(0)
     hidden = rng.normal(size=(rows, n, d)).astype(np.float32)
@@ -65,14 +64,18 @@ def test_chunked_token_nll_equals_log_softmax(chunk_logits):
     targets = rng.integers(0, v, (rows, n)).astype(np.int32)
     factors = rng.normal(size=(rows, n)).astype(np.float32)
     counted = rng.random((rows, n)) < np.array([[0.7], [0], [0.3]])
-    nll, gradients = nll_and_gradients(hidden, unembed, targets, counted, factors, chunk_logits)
+    nll, ((total, same_nll), gradients) = nll_and_gradients(
+        hidden, unembed, targets, counted, factors, chunk_logits
+    )
     factors = factors * counted
 
     h, w = hidden.astype(np.float64), unembed.astype(np.float64)
     logits = h @ w
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     expected = -np.take_along_axis(log_probs, targets[..., None], -1)[..., 0]
-    np.testing.assert_allclose(nll, expected * counted, rtol=1e-5, atol=1e-5)
+    for found in (nll, same_nll):
+        np.testing.assert_allclose(found, expected * counted, rtol=1e-5, atol=1e-5)
+    assert total == pytest.approx(np.sum(expected * factors), rel=1e-5)
     by_logits = (np.exp(log_probs) - np.eye(v)[targets]) * factors[..., None]
     by_unembed = np.einsum("btd,btv->dv", h, by_logits)
     assert_trees_close(gradients, (by_logits @ w.T, by_unembed))
@@ -94,8 +97,11 @@ def nll_and_gradient(params, batch, factors):
     """Per-example sums and counts, and the gradient of `Σ factor_e · L_e`."""
 
     def total(params):
-        sums, counts = per_example_nll(DECODER, params, batch)
-        return jnp.sum(factors * sums / jnp.maximum(counts, 1)), (sums, counts)
+        def weigh(_, counts):
+            return factors / jnp.maximum(counts, 1), None
+
+        found, sums, counts, _ = weighted_nll(DECODER, params, batch, weigh)
+        return found, (sums, counts)
 
     (_, (sums, counts)), gradient = jax.value_and_grad(total, has_aux=True)(params)
     return sums, counts, gradient
@@ -317,12 +323,28 @@ def with_fixed_weights(params, batch, weights, normalization):
     """Loss and gradient of one microbatch whose weights are given numbers."""
 
     def loss(params):
-        sums, counts = per_example_nll(DECODER, params, batch)
-        if normalization == "token":
-            return jnp.sum(weights * sums) / jnp.sum(weights * counts)
-        return jnp.sum(weights * sums / jnp.maximum(counts, 1)) / jnp.sum(weights)
+        def weigh(_, counts):
+            if normalization == "token":
+                return weights / jnp.sum(weights * counts), None
+            return weights / jnp.maximum(counts, 1) / jnp.sum(weights), None
+
+        return weighted_nll(DECODER, params, batch, weigh)[0]
 
     return jax.value_and_grad(loss)(params)
+
+
+def test_the_head_is_computed_once_where_the_losses_decide_no_weight():
+    """The loop over its chunks that only finds the losses is then no part of the program."""
+    _, stream = mixed()
+    loops = {}
+    for strategy in ("constant", "loss_ratio", "pair_ratio", "softmax"):
+        lowered = accumulated.lower(
+            drawn_params(), stream.batch(0), Weighting().init(), np.float32(0), decoder=DECODER,
+            optimizer=Optimizer(), weighting=Weighting(strategy),
+        )  # fmt: skip
+        loops[strategy] = lowered.compile().as_text().count(" while(")
+    once = loops["constant"]
+    assert loops == dict(constant=once, loss_ratio=once, pair_ratio=once + 1, softmax=once + 1)
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)

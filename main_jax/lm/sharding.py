@@ -149,8 +149,8 @@ def spec(axes: str, shape: Sequence[int], mesh: Any, parameter: bool = False) ->
     return PartitionSpec(*entries)
 
 
-def constrain(x: jax.Array, axes: str) -> jax.Array:
-    """Pin an activation to its place, inside a jitted function: `constrain(x, "BTD")`.
+def constrain(x: jax.Array, axes: str, parameter: bool = False) -> jax.Array:
+    """Pin an activation, or a parameter, to its place, inside a jitted function: `constrain(x, "BTD")`.
 
     Raises KeyError for an axis without a rule, on any number of devices.
     """
@@ -159,7 +159,7 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
         _ = RULES[axis]
     if mesh is None:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
+    return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh, parameter))
 
 
 def param_specs(config: DecoderConfig, mesh: Any) -> dict[tuple[str, ...], PartitionSpec]:

@@ -19,7 +19,7 @@ import optax
 
 from main_jax.lm.arch import DecoderConfig
 from main_jax.lm.batches import Batch
-from main_jax.lm.loss import GRADIENT_CHUNK_LOGITS, per_example_nll
+from main_jax.lm.loss import weighted_nll
 from main_jax.lm.model import Decoder
 from main_jax.lm.sharding import (
     abstract_like_params,
@@ -132,18 +132,22 @@ def accumulate(
     """
     batches = batches._replace(fields=weighting.prepare(batches.fields))
 
+    by_token = optimizer.loss_normalization == "token"
+
     def weighted_sum(params, batch):
-        sums, counts = per_example_nll(decoder, params, batch, GRADIENT_CHUNK_LOGITS)
-        mean = sums / jnp.maximum(counts, 1)
-        counted = batch.fields["valid"] & (counts > 0)
-        fixed = jax.lax.stop_gradient(mean)
-        weights = weighting.weigh(fixed, batch.fields, weighting_state, progress) * counted
-        weights = jax.lax.stop_gradient(weights)
-        by_token = optimizer.loss_normalization == "token"
-        numerator = jnp.sum(weights * (sums if by_token else mean))
+        def weigh(sums, counts):
+            found = weighting.weigh(mean(sums, counts), batch.fields, weighting_state, progress)
+            weights = found * (batch.fields["valid"] & (counts > 0))
+            return weights if by_token else mean(weights, counts), weights
+
+        numerator, sums, counts, weights = weighted_nll(decoder, params, batch, weigh)
         denominator = jnp.sum(weights * (counts if by_token else 1.0))
-        fields = batch.fields | {"valid": counted}
-        return numerator, (denominator, jnp.sum(counts), weighting.sums(fixed, weights, fields))
+        fields = batch.fields | {"valid": batch.fields["valid"] & (counts > 0)}
+        groups = weighting.sums(mean(sums, counts), weights, fields)
+        return numerator, (denominator, jnp.sum(counts), groups)
+
+    def mean(sums, counts):
+        return sums / jnp.maximum(counts, 1)
 
     def microbatch(batch):
         (numerator, aux), grads = jax.value_and_grad(weighted_sum, has_aux=True)(params, batch)

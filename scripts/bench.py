@@ -1,6 +1,7 @@
 """What is measured of speed: scoring, generation and training, ours and what a user would pick instead.
 
     python scripts/bench.py score|generate|train [--size S|M] [--against torch] [--json FILE]
+    python scripts/bench.py linear                           # scoring 1, 4 and 16 times as many pairs
     python scripts/bench.py score|generate|train --size 7b         # on an accelerator; toy: on a CPU
 
 On CPU cores (S, M) variants take turns in one run, `bench_workers.py`: on one core ratios are of CPU-seconds;
@@ -29,11 +30,13 @@ PAIRS = {
     "score": {"S": 32, "M": 12},
     "train": {"S": 32, "M": 8},
     "generate": {"S": 64, "M": 16},
+    "linear": {"S": 250, "M": 60},
 }  # what takes a few minutes
 RUNS = {
     "score": bench_likelihood.score,
     "train": bench_likelihood.train,
     "generate": bench_generate.generate,
+    "linear": bench_likelihood.linear,
 }
 GAIN = 4.0
 """What the projections onto the residual are multiplied by: a model with a tied head that is only drawn
@@ -66,7 +69,7 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cores", type=int, nargs="+", choices=(1, 2), default=[1, 2])
     parser.add_argument("--against", choices=("torch",), help="compare with PyTorch's ways")
     parser.add_argument("--attention", nargs="+", default=["auto"], help="runtime.attention")
-    parser.add_argument("--budget", type=int, default=1024, help="score: tokens of a batch")
+    parser.add_argument("--budget", type=int, default=2048, help="score: a batch's tokens per core")
     parser.add_argument("--rows", type=int, nargs="+", default=[32], help="generate: together")
     parser.add_argument("--remat", default="none", help="train: runtime.remat")
     parser.add_argument("--compile", action="store_true", help="train: also torch.compile")
@@ -74,6 +77,8 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.against and not importlib.util.find_spec("torch"):
         parser.error("--against torch: PyTorch is not installed (make torch)")
+    if options.what == "linear" and options.size not in SIZES:
+        parser.error("linear is measured on CPU cores: --size S or M")
     return options
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import resource
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,11 +16,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from bench_workers import Variant, Worker, compare, first_cores, start_jax, table
+from bench_workers import Variant, Worker, compare, draw_pairs, first_cores, start_jax, table
 
 STEPS = 2
 LONGEST = 2048
 END = 2
+LINEAR = (1, 4, 16)
 TOLERANCE = 1e-4  # nats per token
 TRAINING = {
     "learning_rate": 1e-4, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8,
@@ -59,7 +61,7 @@ def train_runs(
 
     import jax
 
-    from main_jax.lm.batches import Example, Shape, collate, first_fit, length_bucket, stack
+    from main_jax.lm.batches import Example, collate, fitting_shape, stack
     from main_jax.lm.model import Decoder
     from main_jax.lm.sharding import place_rows
     from main_jax.lm.step import Optimizer, init_state, train_step
@@ -70,9 +72,8 @@ def train_runs(
     optimizer = replace(Optimizer(), **constants)
     weighting = Weighting("constant")
     examples = [[Example(*text) for text in step] for step in steps]
-    length = length_bucket(max(len(e.tokens) for step in examples for e in step), LONGEST)
-    rows = max(len(first_fit([len(e.tokens) for e in step], length)) for step in examples)
-    shape = Shape(rows + -rows % devices, length, max(map(len, examples)))
+    lengths = [[len(e.tokens) for e in step] for step in examples]
+    shape = fitting_shape(lengths, max(map(len, examples)), LONGEST, devices)
 
     def fields(count: int) -> dict[str, Any]:
         return {
@@ -99,6 +100,19 @@ def train_runs(
         return [float(x) for x in jax.device_get(losses)]
 
     return {attention: partial(run, attention) for attention in attentions}
+
+
+def linear_runs(path: str, counts: Sequence[int], attention: str, budget: int) -> dict[str, Any]:
+    """Name how many pairs to score; each run gives (tokens, peak resident memory of the process in MB)."""
+    config, _ = start_jax(path, 1)
+    tables = {str(count): scored_texts(draw_pairs(count, config)) for count in counts}
+
+    def run(kinds: Any) -> tuple[int, float]:
+        score_runs(path, kinds, 1, [attention], budget)[attention]()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+        return sum(len(tokens) for kind in kinds for tokens, _ in kind), peak
+
+    return {name: partial(run, kinds) for name, kinds in tables.items()}
 
 
 # -------------------------------------------------------------------------------------- the texts
@@ -135,7 +149,7 @@ def score(options: argparse.Namespace, path: str, pairs: Any) -> dict[str, Any]:
     names = [f"budget {n}" for n in (1024, 2048, 4096)] + ["batch 1", "sorted", "padded"]
 
     def ours(count: int) -> tuple[Any, ...]:
-        return score_runs, path, kinds, count, options.attention, options.budget
+        return score_runs, path, kinds, count, options.attention, options.budget * count
 
     def theirs(part: int | None) -> tuple[Any, ...]:
         return _theirs("score_runs"), path, kinds if part is None else halves[part]
@@ -159,6 +173,30 @@ def train(options: argparse.Namespace, path: str, pairs: Any) -> dict[str, Any]:
         return wanted if part is None else None
 
     return _all_cores(options, tokens, ours, theirs, names, partial(_worst, np.ones(STEPS)))
+
+
+def linear(options: argparse.Namespace, path: str, pairs: Any) -> dict[str, Any]:
+    """Score more and more pairs, once each, on one core: what a token costs should not depend on it."""
+    counts = [len(pairs) * factor for factor in LINEAR]
+    worker = Worker(first_cores(1), linear_runs, path, counts, options.attention[0], options.budget)
+    print(f"\n{'pairs':>8} {'tokens':>10} {'tokens per CPU-second':>22} {'peak MB':>8}")
+    rows = []
+    try:
+        for count in counts[:1] + counts:  # the first time with compiling
+            worker.start(str(count))
+            seconds, cpu_seconds, (tokens, peak) = worker.finish()
+            rows.append(
+                {"pairs": count, "tokens": tokens, "peak_mb": peak, "seconds": seconds,
+                 "cpu_seconds": cpu_seconds, "tokens_per_cpu_second": tokens / cpu_seconds}
+            )  # fmt: skip
+            if len(rows) > 1:
+                speed = rows[-1]["tokens_per_cpu_second"]
+                print(f"{count:8,} {tokens:10,} {speed:22,.0f} {peak:8,.0f}", flush=True)
+    finally:
+        worker.stop()
+    speeds = [row["tokens_per_cpu_second"] for row in rows[1:]]
+    print(f"slowest / fastest: {min(speeds) / max(speeds):.2f}")
+    return {"rows": rows[1:]}
 
 
 def _theirs(name: str) -> Any:

@@ -9,6 +9,7 @@ Letters: R rows, T tokens per row, E examples per microbatch, K microbatches per
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any, NamedTuple
@@ -87,6 +88,39 @@ def first_fit(
     return rows
 
 
+def spread(lengths: Sequence[int], rows: int, capacity: int) -> list[list[int]] | None:
+    """Longest first, each into the emptiest row: as even as can be, so that devices wait little.
+
+    Rows of indices as of `first_fit`; None where it does not fit so (first-fit may).
+    """
+    found: list[list[int]] = [[] for _ in range(rows)]
+    filled = [(0, row) for row in range(rows)]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        tokens, row = filled[0]
+        if tokens + lengths[i] > capacity:
+            return None
+        heapq.heapreplace(filled, (tokens + lengths[i], row))
+        found[row].append(i)
+    return found
+
+
+def fitting_shape(
+    batches: Sequence[Sequence[int]], examples: int, limit: int, rows_multiple: int = 1
+) -> Shape:
+    """The shape with the fewest slots that holds each of these batches, given as lengths of examples.
+
+    Rows are of the bucket of the longest example or of one of the next two, at most `limit`: where rows
+    come in multiples, a few longer ones may hold what much padding would.
+    """
+    longest = max(max(lengths) for lengths in batches)
+    length, shapes = 0, []
+    for _ in range(3):
+        length = length_bucket(max(longest, length + 1), limit)
+        rows = max(len(first_fit(lengths, length)) for lengths in batches)
+        shapes.append(Shape(rows + -rows % rows_multiple, length, examples))
+    return min(shapes, key=lambda shape: (shape.rows * shape.length, shape.length))
+
+
 def collate(
     examples: Sequence[Example],
     shape: Shape,
@@ -95,7 +129,8 @@ def collate(
 ) -> Batch:
     """Packs up to `shape.examples` examples into one batch. Raises ValueError when they do not fit."""
     lengths = [len(e.tokens) for e in examples]
-    rows = first_fit(lengths, shape.length, None if packing else 1)
+    rows = spread(lengths, shape.rows, shape.length) if packing else None
+    rows = rows or first_fit(lengths, shape.length, None if packing else 1)
     if len(rows) > shape.rows or len(examples) > shape.examples:
         raise ValueError(f"{len(examples)} examples in {len(rows)} rows do not fit {shape}")
     grid = (shape.rows, shape.length)
@@ -161,8 +196,8 @@ class UnitStream:
         units_per_microbatch: units in each of the K microbatches of a step.
         microbatches: K.
         limit: longest row allowed, in tokens.
-        shape: of a microbatch, where several streams are to share one compiled step; default: as long as
-            the longest example needs, and as many rows as any of the `steps` steps needs.
+        shape: of a microbatch, where several streams are to share one compiled step; default: the
+            `fitting_shape` of all `steps` steps.
         rows_multiple: what the number of rows is a multiple of, to be cut up evenly.
     """
 
@@ -184,7 +219,7 @@ class UnitStream:
         self.units, self.seed, self.packing = units, seed, packing
         self.per_micro, self.micro = units_per_microbatch, microbatches
         self._orders: dict[int, np.ndarray] = {}
-        shape = shape or self._own_shape(steps, limit)
+        shape = shape or self._own_shape(steps, limit, rows_multiple)
         self.shape = replace(shape, rows=shape.rows + -shape.rows % rows_multiple)
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -203,18 +238,15 @@ class UnitStream:
         chosen = [self._order(int(e))[o] for e, o in zip(epochs, offsets, strict=True)]
         return np.asarray(chosen).reshape(self.micro, self.per_micro)
 
-    def _own_shape(self, steps: int, limit: int) -> Shape:
+    def _own_shape(self, steps: int, limit: int, rows_multiple: int) -> Shape:
         lengths = [[len(e.tokens) for e in u.examples] for u in self.units]
         length = length_bucket(max(max(unit) for unit in lengths), limit)
         examples = self.per_micro * max(len(unit) for unit in lengths)
         if not self.packing:
             return Shape(examples, length, examples)
-        rows = 1
-        for step in range(steps):
-            for micro in self.indices(step):
-                flat = [n for i in micro for n in lengths[i]]
-                rows = max(rows, len(first_fit(flat, length)))
-        return Shape(rows, length, examples)
+        micros = (micro for step in range(steps) for micro in self.indices(step))
+        batches = [[n for i in micro for n in lengths[i]] for micro in micros]
+        return fitting_shape(batches, examples, limit, rows_multiple)
 
     def batch(self, step: int) -> Batch:
         """The stacked microbatches of a step: every leaf has a leading axis K."""

@@ -19,11 +19,9 @@ from main_jax.lm.batches import Batch
 from main_jax.lm.model import Decoder
 from main_jax.lm.sharding import constrain, row_shards
 
-CHUNK_LOGITS = {"cpu": 1 << 21, "gpu": 1 << 24, "tpu": 1 << 24}
-"""Logits alive at once on a device; the number of tokens per chunk follows from V. On a CPU 8 MiB, which its
-caches hold: with 64 MiB the head of a model of 15 million parameters takes a third longer."""
-GRADIENT_CHUNK_LOGITS = 1 << 24
-"""The same where there are gradients: that of the head is added up once per chunk."""
+CHUNK_LOGITS = {"cpu": 1 << 23, "gpu": 1 << 26, "tpu": 1 << 26}
+"""Logits alive at once on a device; the number of tokens per chunk follows from V. On a CPU as many as its
+caches hold; on accelerators so many that reading the `[D, V]` matrix is not what a chunk waits for."""
 
 
 # --------------------------------------------------------------------------------------- by token
@@ -42,7 +40,7 @@ def token_nll(hidden, unembed, targets, counted, chunk_logits: int | None = None
     Returns:
         float32, of the targets' shape. It has no gradient: `weighted_nll` has.
     """
-    (nll,) = _measure(_nll, hidden, unembed, targets, counted, chunk_logits)
+    (nll,) = _measure(_nll, 1, hidden, unembed, targets, counted, chunk_logits)
     return nll
 
 
@@ -56,20 +54,18 @@ def _nll_and_miss(logits, targets):
     return *_nll(logits, targets), miss.astype(jnp.float32)
 
 
-def _measure(measure, hidden, unembed, targets, counted, chunk_logits: int | None = None):
-    """What `measure` makes of ([n, V] float32 logits, [n, A] targets), for all tokens, chunk by chunk."""
-    chunks = _Chunks.of(counted, unembed, chunk_logits or CHUNK_LOGITS[platform()])
-    hidden, targets, unembed = chunks.cut(hidden), chunks.cut(targets), _gathered(unembed, hidden)
+def _measure(measure, outputs: int, hidden, unembed, targets, counted, chunk_logits=None):
+    """The outputs of `measure([..., V] float32 logits, [..., A] targets)` for all tokens, chunk by chunk."""
+    chunks = _Chunks.of(counted, unembed, chunk_logits)
+    hidden, unembed, shape = chunks.cut(hidden), _gathered(unembed, hidden), targets.shape
+    targets = chunks.cut(targets.reshape(*shape[:2], -1))
 
-    def body(i, found):
-        logits = _logits(_flat(hidden[i]), unembed)
-        new = measure(logits, targets[i].reshape(len(logits), -1))
-        return tuple(a.at[i].set(x.reshape(a.shape[1:])) for a, x in zip(found, new, strict=True))
+    def body(chunk, found):
+        new = measure(_logits(chunk(hidden), unembed), chunk(targets))
+        return tuple(chunk.write(a, x) for a, x in zip(found, new, strict=True))
 
-    a_chunk = jax.ShapeDtypeStruct((1, unembed.shape[1]), jnp.float32)
-    outputs = jax.eval_shape(measure, a_chunk, jax.ShapeDtypeStruct((1, 1), jnp.int32))
-    nothing = tuple(jnp.zeros(targets.shape, x.dtype) for x in outputs)
-    return tuple(map(chunks.join, jax.lax.fori_loop(0, chunks.wanted, body, nothing)))
+    nothing = (jnp.zeros(targets.shape, jnp.float32),) * outputs
+    return tuple(chunks.join(x).reshape(shape) for x in chunks.fold(body, nothing))
 
 
 def weighted_token_nll(hidden, unembed, targets, counted, weights, chunk_logits: int | None = None):
@@ -82,7 +78,6 @@ def weighted_token_nll(hidden, unembed, targets, counted, weights, chunk_logits:
         gradient of a chunk is computed while its logits are there: neither direction keeps more than one
         chunk, and none is computed twice (as in Liger Kernel, arXiv 2410.10989).
     """
-    chunk_logits = chunk_logits or GRADIENT_CHUNK_LOGITS
     total, nll = _weighted(hidden, unembed, targets, counted, weights, chunk_logits)
     return total, jax.lax.stop_gradient(nll)
 
@@ -95,31 +90,32 @@ def _weighted(hidden, unembed, targets, counted, weights, chunk_logits):
 
 def _weighted_forward(hidden, unembed, targets, counted, weights, chunk_logits):
     chunks = _Chunks.of(counted, unembed, chunk_logits)
-    weights = jnp.where(counted, weights, 0)
-    tokens = tuple(map(chunks.cut, (hidden, targets, weights)))
-    matrix = _gathered(unembed, hidden)
+    weighted, matrix = jnp.where(counted, weights, 0), _gathered(unembed, hidden)
+    hidden, targets, weights = map(chunks.cut, (hidden, targets, weighted))
 
-    def body(i, carry):
+    def body(chunk, carry):
         nll, d_hidden, d_unembed = carry
-        h, target, weight = (_flat(x[i]) for x in tokens)
+        h, target, weight = chunk(hidden), chunk(targets)[..., None], chunk(weights)[..., None]
         logits = _logits(h, matrix)
         (new,) = _nll(logits, target)
-        of_target = jnp.arange(logits.shape[1]) == target
-        probability = jnp.exp(logits - (new + jnp.take_along_axis(logits, target, axis=-1)))
-        d_logits = (weight * (probability - of_target)).astype(h.dtype)
-        d_h = jnp.dot(d_logits, matrix.T, preferred_element_type=jnp.float32)
-        d_unembed += jnp.dot(h.T, d_logits, preferred_element_type=jnp.float32)
+        likely = jnp.exp(logits - (new + jnp.take_along_axis(logits, target, axis=-1)))
+        d_logits = weight * (likely - (jnp.arange(matrix.shape[1]) == target))
+        d_logits = constrain(d_logits.astype(h.dtype), "BTV")
+        d_h = jnp.einsum("GTV,DV->GTD", d_logits, matrix, preferred_element_type=jnp.float32)
+        d_matrix = jnp.einsum("GTD,GTV->GDV", h, d_logits, preferred_element_type=jnp.float32)
         return (
-            nll.at[i].set(new.reshape(nll.shape[1:])),
-            d_hidden.at[i].set(d_h.reshape(d_hidden.shape[1:]).astype(h.dtype)),
-            constrain(d_unembed, "DV", parameter=True),
+            chunk.write(nll, new[..., 0]),
+            chunk.write(d_hidden, d_h.astype(h.dtype)),
+            constrain(d_unembed + d_matrix, "BTV"),
         )
 
-    nothing = jnp.zeros(tokens[1].shape, jnp.float32), jnp.zeros_like(tokens[0])
-    nothing = *nothing, constrain(jnp.zeros(unembed.shape, jnp.float32), "DV", parameter=True)
-    nll, d_hidden, d_unembed = jax.lax.fori_loop(0, chunks.wanted, body, nothing)
-    nll, d_hidden = chunks.join(nll), chunks.join(d_hidden)
-    return (jnp.sum(weights * nll), nll), (d_hidden, d_unembed.astype(unembed.dtype))
+    # Each device adds up its own; only the sum travels.
+    d_unembed = constrain(jnp.zeros((len(hidden), *matrix.shape), jnp.float32), "BTV")
+    nothing = jnp.zeros(targets.shape, jnp.float32), jnp.zeros_like(hidden), d_unembed
+    nll, d_hidden, d_unembed = chunks.fold(body, nothing)
+    d_unembed = constrain(d_unembed.sum(0), "DV", parameter=True).astype(unembed.dtype)
+    nll = chunks.join(nll)
+    return (jnp.sum(weighted * nll), nll), (chunks.join(d_hidden), d_unembed)
 
 
 def _weighted_backward(chunk_logits, saved, d):
@@ -132,38 +128,68 @@ _weighted.defvjp(_weighted_forward, _weighted_backward)
 # --------------------------------------------------------------------------------------- chunks
 
 
+class _Chunk(NamedTuple):
+    """Some tokens of every group."""
+
+    start: Any
+    size: int
+
+    def __call__(self, x):
+        """[G, N, ...] -> [G, size, ...]"""
+        return jax.lax.dynamic_slice_in_dim(x, self.start, self.size, axis=1)
+
+    def write(self, x, new):
+        """`x` with these tokens replaced by new ones."""
+        return jax.lax.dynamic_update_slice_in_dim(x, new, self.start, axis=1)
+
+
 class _Chunks(NamedTuple):
     """Which tokens are computed together: those that are counted first, so many of each device's."""
 
     order: Any  # [G, N] the tokens of each group: a device's rows, one after another
     back: Any  # [G, N] its inverse
-    wanted: Any  # chunks that have a counted token
-    size: int  # tokens of a group in a chunk
     counted: Any  # [B, T]
+    most: Any  # counted tokens of the group that has the most
+    sizes: list[int]  # tokens of a group in a chunk; smaller ones for what is left
 
     @classmethod
-    def of(cls, counted, unembed, chunk_logits: int) -> _Chunks:
+    def of(cls, counted, unembed, chunk_logits: int | None) -> _Chunks:
         groups = math.gcd(counted.shape[0], row_shards())
         grouped = constrain(counted.reshape(groups, -1), "BT")
-        size = min(grouped.shape[1], max(1, chunk_logits // unembed.shape[1]))
+        chunk_logits = chunk_logits or CHUNK_LOGITS[platform()]
+        tokens, size = grouped.shape[1], max(1, chunk_logits // unembed.shape[1])
+        size -= size % 64 if size > 64 else 0
+        sizes = [size, -(-size // 4)] if size < tokens else [-(-tokens // 4)]
         order = jnp.argsort(~grouped, axis=1, stable=True)
         # Known before the loop: devices need not ask each other in it.
-        wanted = -(-grouped.sum(1).max() // size)
-        return cls(order, jnp.argsort(order, axis=1), wanted, size, counted)
+        most = grouped.sum(1).max()
+        return cls(order, jnp.argsort(order, axis=1), counted, most, sizes)
 
     def cut(self, x):
-        """[B, T, ...] -> [chunks, G, size, ...]"""
+        """[B, T, ...] -> [G, N, ...], and so much more that the last chunk is full."""
         groups, tokens = self.order.shape
         x = _take(x.reshape(groups, tokens, *x.shape[2:]), self.order)
-        x = jnp.pad(x, ((0, 0), (0, -tokens % self.size)) + ((0, 0),) * (x.ndim - 2))
-        x = x.reshape(groups, -1, self.size, *x.shape[2:])
-        return jnp.swapaxes(constrain(x, "BTT" + "E" * (x.ndim - 3)), 0, 1)
+        x = jnp.pad(x, ((0, 0), (0, -tokens % self.sizes[-1])) + ((0, 0),) * (x.ndim - 2))
+        return constrain(x, "BT" + "E" * (x.ndim - 2))
+
+    def fold(self, body, carry):
+        """Call `body(chunk, carry)` for each chunk that has a counted token."""
+        start = 0
+        for size in self.sizes:
+            left = self.most - start
+            chunks = -(-left // size) if size == self.sizes[-1] else left // size
+
+            def at(i, carry, start=start, size=size):
+                return body(_Chunk(start + i * size, size), carry)
+
+            carry = jax.lax.fori_loop(0, chunks, at, carry)
+            start += chunks * size
+        return carry
 
     def join(self, x):
-        """[chunks, G, size, ...] -> [B, T, ...], the tokens in their places; 0 for those not counted."""
-        x = jnp.swapaxes(x, 0, 1)
-        x = x.reshape(len(self.order), -1, *x.shape[3:])[:, : self.order.shape[1]]
-        x = _take(x, self.back).reshape(*self.counted.shape, *x.shape[2:])
+        """[G, N, ...] -> [B, T, ...], the tokens in their places; 0 for those not counted."""
+        x = _take(x[:, : self.order.shape[1]], self.back)
+        x = x.reshape(*self.counted.shape, *x.shape[2:])
         x = jnp.where(self.counted.reshape(*self.counted.shape, *[1] * (x.ndim - 2)), x, 0)
         return constrain(x, "BT" + "E" * (x.ndim - 2))
 
@@ -173,18 +199,14 @@ def _take(x, order):
     return jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
-def _flat(x):
-    """[G, size, D] -> [n, D]; [G, size] -> [n, 1]"""
-    return x.reshape(x.shape[0] * x.shape[1], -1)
-
-
 def _gathered(unembed, hidden):
     """The `[D, V]` matrix as it multiplies: once for all chunks."""
     return constrain(unembed.astype(hidden.dtype), "DV")
 
 
 def _logits(hidden, unembed):
-    return jnp.dot(hidden, unembed, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("GTD,DV->GTV", hidden, unembed, preferred_element_type=jnp.float32)
+    return constrain(logits, "BTV")
 
 
 # --------------------------------------------------------------------------------------- by example
@@ -262,5 +284,5 @@ def example_nll_and_misses(decoder: Decoder, params, batch: Batch):
     hidden, _ = decoder.apply(params, batch.tokens, batch.positions, batch.segment_ids)
     with jax.named_scope("loss"):
         counted, unembed = _counted(batch).any(-1), decoder.unembed(params)
-        found = _measure(_nll_and_miss, hidden, unembed, batch.targets, counted)
+        found = _measure(_nll_and_miss, 2, hidden, unembed, batch.targets, counted)
         return tuple(_sum_by_example(values, batch) for values in found)

@@ -22,7 +22,7 @@ from main_jax.lm.step import train_step
 from main_jax.weighting import Weighting
 
 STEPS, STOP = 8, 4
-MESHES = {"fsdp": MeshShape(), "data x fsdp": MeshShape(data=2, fsdp=4)}
+MESHES = {"fsdp": MeshShape(fsdp=8), "data x fsdp": MeshShape(data=2, fsdp=4)}
 SETTINGS = train.TrainingSettings(
     learning_rate=0.02,
     max_steps=STEPS,

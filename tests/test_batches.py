@@ -16,8 +16,10 @@ from main_jax.lm.batches import (
     UnitStream,
     collate,
     first_fit,
+    fitting_shape,
     length_bucket,
     pack_table,
+    spread,
 )
 
 LENGTHS = st.lists(st.integers(1, 20), max_size=40)
@@ -69,6 +71,46 @@ def test_first_fit_places_everything_once_within_its_limits(lengths, capacity, m
 def test_first_fit_refuses_what_cannot_fit():
     with pytest.raises(ValueError, match="an example of 9 tokens does not fit a row of 8"):
         first_fit([3, 9], 8)
+
+
+@given(LENGTHS, st.integers(1, 12), st.integers(20, 90))
+def test_spread_fills_rows_evenly_or_says_that_it_does_not_fit(lengths, count, capacity):
+    rows = spread(lengths, count, capacity)
+    if rows is None:
+        assert sum(lengths) > count * (capacity - max(lengths))  # else the emptiest row has room
+        return
+    assert len(rows) == count
+    assert Counter(i for row in rows for i in row) == Counter(range(len(lengths)))
+    filled = [sum(lengths[i] for i in row) for row in rows]
+    assert max(filled) <= capacity
+    assert max(filled) - min(filled) <= max(lengths, default=0)
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 70), min_size=1, max_size=20), min_size=1, max_size=4),
+    st.integers(70, 400),
+    st.integers(1, 4),
+)
+def test_the_fitting_shape_holds_every_batch_in_fewest_slots(batches, limit, multiple):
+    shape = fitting_shape(batches, 20, limit, multiple)
+    assert shape.rows % multiple == 0 and shape.examples == 20
+    longest = max(n for lengths in batches for n in lengths)
+    buckets = sorted({length_bucket(n, limit) for n in range(longest, limit + 1)})[:3]
+    assert shape.length in buckets
+    slots = []
+    for bucket in buckets:
+        rows = max(len(slow_first_fit(lengths, bucket, None)) for lengths in batches)
+        slots.append(-(-rows // multiple) * multiple * bucket)
+    assert shape.rows * shape.length == min(slots)
+    for lengths in batches:
+        collate(numbered(lengths), shape)
+
+
+def test_rows_in_multiples_are_longer_where_that_saves_padding():
+    """Five rows of 768 would be eight on four devices; four of 1,024 hold the same."""
+    lengths = [[700, 60] * 5]
+    assert fitting_shape(lengths, 10, 2048) == Shape(5, 768, 10)
+    assert fitting_shape([[700, 300, 300, 300, 1000, 900]], 6, 2048, 4) == Shape(4, 1024, 6)
 
 
 @given(

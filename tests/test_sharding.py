@@ -194,6 +194,9 @@ from main_jax.lm.sharding import MeshShape, one_copy, place_like_params, row_sha
 from tiny_decoder import CONFIG, drawn_params
 
 initialize(False, cpu_devices=3)
+for local in (True, False):  # of a single process, both are over the same devices
+    with use_mesh(MeshShape(), local=local):
+        assert dict(jax.sharding.get_mesh().shape) == {"data": 3, "fsdp": 1, "tensor": 1}
 with use_mesh(MeshShape(), local=True):
     assert row_shards() == 3
     tree = one_copy(place_like_params(drawn_params(), CONFIG))

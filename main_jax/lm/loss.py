@@ -135,7 +135,7 @@ class _Chunk(NamedTuple):
     size: int
 
     def __call__(self, x):
-        """[G, N, ...] -> [G, size, ...]"""
+        """Give [G, size, ...] of [G, N, ...]."""
         return jax.lax.dynamic_slice_in_dim(x, self.start, self.size, axis=1)
 
     def write(self, x, new):

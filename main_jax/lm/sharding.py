@@ -102,11 +102,11 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
 def use_mesh(shape: MeshShape, *, local: bool = False) -> Generator[None]:
     """What runs inside is sharded over a mesh of this shape. Raises ValueError where it does not fit.
 
-    A `local` mesh is over this process's own devices: what runs inside needs no other process. CPU devices
-    of one process share its memory, and can share one copy of the parameters (`one_copy`): there the default
-    shape means `data` instead of `fsdp`.
+    A `local` mesh is over this process's own devices: what runs inside needs no other process. Over the CPU
+    devices of one process, whose memory is one, the default shape means `data` instead of `fsdp`: faster, and
+    for inference they share one copy of the parameters (`one_copy`).
     """
-    devices = jax.local_devices() if local else None
+    devices = jax.local_devices() if local or jax.process_count() == 1 else None
     if devices and devices[0].platform == "cpu" and shape == MeshShape():
         shape = MeshShape(data=-1, fsdp=1)
     mesh = make_mesh(shape, devices)

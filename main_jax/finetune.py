@@ -8,15 +8,15 @@ more often; an arm `NAME-epochs` is the set of NAME, trained for as many epochs 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import reduce
 from itertools import compress
 
 import numpy as np
 from etils import epath
 
 from main_jax.filter import MEASURED, keep_by
-from main_jax.lm.batches import Shape, UnitStream
+from main_jax.lm.batches import UnitStream, shared_shape
 from main_jax.lm.checkpoint import load_params
+from main_jax.lm.sharding import row_shards
 from main_jax.lm.train import fit
 from main_jax.models import LanguageModel
 from main_jax.parts import Rows, read_parts
@@ -59,16 +59,16 @@ def finetune(run: Run, out: epath.Path) -> dict[str, int]:
         for arm in sets
     }
 
-    def shape(arm: str) -> Shape:
-        training = trainings[arm]
-        return UnitStream(
-            sets[arm], units_per_microbatch=training.units_per_microbatch,
-            microbatches=training.gradient_accumulation_steps,
-            steps=training.steps(len(sets[arm])), seed=order_seed, limit=prompt.max_length,
-            packing=training.packing,
-        ).shape  # fmt: skip
-
-    shared = reduce(Shape.union, map(shape, sets))  # one compiled step for all arms
+    streams = [
+        UnitStream(
+            units, units_per_microbatch=trainings[arm].units_per_microbatch,
+            microbatches=settings.gradient_accumulation_steps,
+            steps=trainings[arm].steps(len(units)), seed=order_seed, limit=prompt.max_length,
+            packing=settings.packing, rows_multiple=row_shards(),
+        )
+        for arm, units in sets.items()
+    ]  # fmt: skip
+    shared = shared_shape(streams)  # one compiled step for all arms
     for arm, units in sets.items():
         fit(
             run.base.decoder, run.base.load, units, trainings[arm],

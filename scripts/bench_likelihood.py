@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from bench_workers import Variant, Worker, compare, draw_pairs, first_cores, start_jax, table
+from bench_workers import SIZES, Variant, Worker, compare, draw_pairs, first_cores, start_jax, table
 
 STEPS = 2
 LONGEST = 2048
@@ -104,15 +104,18 @@ def train_runs(
 
 def linear_runs(path: str, counts: Sequence[int], attention: str, budget: int) -> dict[str, Any]:
     """Name how many pairs to score; each run gives (tokens, peak resident memory of the process in MB)."""
-    config, _ = start_jax(path, 1)
-    tables = {str(count): scored_texts(draw_pairs(count, config)) for count in counts}
+    runs = {}
+    for count in counts:
+        kinds = scored_texts(draw_pairs(count, SIZES["S"]))
+        tokens = sum(len(tokens) for kind in kinds for tokens, _ in kind)
+        score_all = score_runs(path, kinds, 1, [attention], budget)[attention]
 
-    def run(kinds: Any) -> tuple[int, float]:
-        score_runs(path, kinds, 1, [attention], budget)[attention]()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
-        return sum(len(tokens) for kind in kinds for tokens, _ in kind), peak
+        def run(tokens: int = tokens, score_all: Any = score_all) -> tuple[int, float]:
+            score_all()
+            return tokens, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
 
-    return {name: partial(run, kinds) for name, kinds in tables.items()}
+        runs[str(count)] = run
+    return runs
 
 
 # -------------------------------------------------------------------------------------- the texts

@@ -16,7 +16,7 @@ from main_jax.lm.checkpoint import Checkpoints  # noqa: E402
 from main_jax.lm.decode import empty_state  # noqa: E402
 from main_jax.lm.generate import Sampling, generate  # noqa: E402
 from main_jax.lm.hf import load_checkpoint, save_checkpoint  # noqa: E402
-from main_jax.lm.loss import example_nlls  # noqa: E402
+from main_jax.lm.loss import CHUNK_LOGITS, example_nlls  # noqa: E402
 from main_jax.lm.model import Decoder  # noqa: E402
 from main_jax.lm.sharding import (  # noqa: E402
     MeshShape,
@@ -58,6 +58,7 @@ def drawn_units() -> list[Unit]:
 
 
 UNITS = drawn_units()
+CHUNK_LOGITS["cpu"] = 16 * 312  # several chunks of every batch
 EXAMPLES = [e for unit in UNITS for e in unit.examples]
 
 

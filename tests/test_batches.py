@@ -1,6 +1,5 @@
 """Buckets, packing and the stream of batches, against slow code and as properties."""
 
-import dataclasses
 from collections import Counter
 
 import hypothesis
@@ -19,6 +18,7 @@ from main_jax.lm.batches import (
     fitting_shape,
     length_bucket,
     pack_table,
+    shared_shape,
     spread,
 )
 
@@ -108,9 +108,10 @@ def test_the_fitting_shape_holds_every_batch_in_fewest_slots(batches, limit, mul
 
 def test_rows_in_multiples_are_longer_where_that_saves_padding():
     """Five rows of 768 would be eight on four devices; four of 1,024 hold the same."""
-    lengths = [[700, 60] * 5]
-    assert fitting_shape(lengths, 10, 2048) == Shape(5, 768, 10)
-    assert fitting_shape([[700, 300, 300, 300, 1000, 900]], 6, 2048, 4) == Shape(4, 1024, 6)
+    lengths = [[700, 700, 300, 300, 300, 300, 500, 200]]
+    assert fitting_shape(lengths, 8, 2048) == Shape(5, 768, 8)
+    assert fitting_shape(lengths, 8, 2048, 4) == Shape(4, 1024, 8)
+    assert fitting_shape(lengths, 8, 768, 4) == Shape(8, 768, 8)  # none may be longer
 
 
 @given(
@@ -297,11 +298,8 @@ def test_weights_are_float32_and_flags_stay_flags():
 def test_a_stream_takes_the_shape_of_others():
     small, large = units_of([False, False]), units_of([True] * 4)
     how = dict(units_per_microbatch=2, microbatches=1, steps=4, seed=0, limit=40)
-    shapes = [UnitStream(units, **how).shape for units in (small, large)]
-    shared = shapes[0].union(shapes[1])
-    assert dataclasses.astuple(shared) == tuple(
-        map(max, dataclasses.astuple(shapes[0]), dataclasses.astuple(shapes[1]))
-    )
+    shared = shared_shape([UnitStream(units, **how) for units in (small, large)])
+    assert shared == UnitStream(large, **how).shape  # which holds the small ones too
     batch = UnitStream(small, shape=shared, **how).batch(3)
     assert batch.tokens.shape == (1, shared.rows, shared.length)
     assert batch.fields["valid"].shape == (1, shared.examples)
@@ -324,6 +322,23 @@ def test_the_own_shape_is_no_larger_than_its_steps_need(pattern, per_micro):
         for micro in stream.batch(step).segment_ids
     ]
     assert stream.shape.rows == max(used)
+
+
+def test_streams_share_a_shape_no_larger_than_all_their_batches_need():
+    """Not the longest rows of one and the most rows of another."""
+
+    def of(*lengths):
+        units = [Unit((e,), ({"weight": 1.0},)) for e in numbered(lengths)]
+        return UnitStream(
+            units, units_per_microbatch=len(units), microbatches=1, steps=1, seed=0, limit=2048
+        )
+
+    streams = of(*[700, 60] * 4), of(*[500] * 6)
+    assert [s.shape for s in streams] == [Shape(4, 768, 8), Shape(6, 512, 6)]
+    shared = shared_shape(streams)
+    assert shared == Shape(2, 1536, 8)
+    for stream in streams:
+        collate([unit.examples[0] for unit in stream.units], shared)
 
 
 def test_nothing_to_train_on_is_an_error():

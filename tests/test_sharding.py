@@ -185,6 +185,48 @@ print(jax.device_count() == min(cores(), MOST_CPU_DEVICES), jax.device_count())
     assert in_a_process(asked).endswith(" 4")
 
 
+def test_cpu_devices_of_one_process_train_with_rows_of_their_own():
+    """The default mesh, from one copy of the parameters: each device has all, and the same."""
+    code = """
+import jax, jax.numpy as jnp, numpy as np
+from main_jax.lm.batches import UnitStream
+from main_jax.lm.runtime import initialize
+from main_jax.lm.sharding import MeshShape, one_copy, place_like_params, place_rows, row_shards, use_mesh
+from main_jax.lm.step import Optimizer, init_state, train_step
+from main_jax.weighting import Weighting
+from test_step import drawn_units
+from tiny_decoder import CONFIG, DECODER, drawn_params
+
+initialize(False, cpu_devices=3)
+static = dict(decoder=DECODER, optimizer=Optimizer(), weighting=Weighting())
+
+def losses(rows_multiple):
+    stream = UnitStream(drawn_units(["both"] * 8), units_per_microbatch=8, microbatches=1, steps=3,
+                        seed=0, limit=48, rows_multiple=rows_multiple)
+    params = one_copy(place_like_params(drawn_params(), CONFIG))
+    state = init_state(params, CONFIG, static["optimizer"], static["weighting"])
+    found = []
+    for step in range(3):
+        batch = place_rows(stream.batch(step), rows_axis=1)
+        state, metrics = train_step(state, batch, np.float32(0.01), np.float32(0), **static)
+        found.append(float(metrics["loss_nats_per_token"]))
+    return found, state.params
+
+alone, _ = losses(1)
+with use_mesh(MeshShape()):
+    assert row_shards() == 3
+    together, params = losses(3)
+np.testing.assert_allclose(together, alone, rtol=1e-5)
+for leaf in jax.tree.leaves(params):
+    first, *others = (np.asarray(s.data) for s in leaf.addressable_shards)
+    assert len(others) == 2 and first.shape == leaf.shape
+    for other in others:
+        np.testing.assert_array_equal(first, other)
+print("done")
+"""
+    assert in_a_process(code, PYTHONPATH=str(Path(__file__).parent)) == "done"
+
+
 def test_cpu_devices_of_one_process_share_one_copy_of_the_parameters():
     """Rows are cut up and parameters are whole; what is donated is copied first."""
     code = """

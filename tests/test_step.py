@@ -54,16 +54,17 @@ def nll_and_gradients(hidden, unembed, targets, counted, factors, chunk_logits):
     return nll, jax.value_and_grad(total, (0, 1), has_aux=True)(hidden, unembed)
 
 
-@pytest.mark.parametrize("chunk_logits", [1, 61 * 15, 61 * 21 + 60, 61 * 48, 61 * 51])
-def test_chunked_token_nll_equals_log_softmax(chunk_logits):
-    """3 rows of 17 tokens in chunks of 1, 15, 21, 48 and 51; of one row nothing counts."""
+@pytest.mark.parametrize("chunk_logits", [1, *(61 * n + 60 for n in (15, 21, 30, 48)), 61 * 60])
+@pytest.mark.parametrize("share", [1, 0.5])
+def test_chunked_token_nll_equals_log_softmax(chunk_logits, share):
+    """3 rows of 17 tokens in chunks of 4 and 1, 12 and 3, ... 48 and 12, and 13; all counted, or some."""
     rows, n, d, v = 3, 17, 11, 61
     rng = np.random.default_rng(0)
     hidden = rng.normal(size=(rows, n, d)).astype(np.float32)
     unembed = rng.normal(size=(d, v)).astype(np.float32)
     targets = rng.integers(0, v, (rows, n)).astype(np.int32)
     factors = rng.normal(size=(rows, n)).astype(np.float32)
-    counted = rng.random((rows, n)) < np.array([[0.7], [0], [0.3]])
+    counted = rng.random((rows, n)) < np.array([[1], [share > 0.5], [share]])
     nll, ((total, same_nll), gradients) = nll_and_gradients(
         hidden, unembed, targets, counted, factors, chunk_logits
     )
@@ -79,6 +80,25 @@ def test_chunked_token_nll_equals_log_softmax(chunk_logits):
     by_logits = (np.exp(log_probs) - np.eye(v)[targets]) * factors[..., None]
     by_unembed = np.einsum("btd,btv->dv", h, by_logits)
     assert_trees_close(gradients, (by_logits @ w.T, by_unembed))
+
+
+def test_gradients_in_bfloat16_are_those_of_its_rounded_inputs():
+    """Products of bfloat16 are added up in float32, and only what is handed on is rounded again."""
+    rng = np.random.default_rng(1)
+    hidden = jnp.asarray(rng.normal(size=(2, 96, 16)), jnp.bfloat16)
+    unembed = jnp.asarray(rng.normal(size=(16, 61)), jnp.bfloat16)
+    targets = rng.integers(0, 61, (2, 96)).astype(np.int32)
+    counted, factors = rng.random((2, 96)) < 0.8, rng.normal(size=(2, 96)).astype(np.float32)
+
+    def both(*arrays):
+        return nll_and_gradients(*arrays, targets, counted, factors, 61 * 64)
+
+    # As a model has them: hidden states computed in bfloat16, parameters held in float32.
+    nll, (_, (d_hidden, d_unembed)) = both(hidden, unembed.astype(jnp.float32))
+    expected_nll, (_, expected) = both(*(x.astype(jnp.float32) for x in (hidden, unembed)))
+    assert d_hidden.dtype == jnp.bfloat16 and d_unembed.dtype == jnp.float32
+    np.testing.assert_allclose(nll, expected_nll, rtol=1e-4, atol=1e-4)
+    assert_trees_close((d_hidden, d_unembed), expected, tolerance=0.01)
 
 
 def drawn_examples(n, seed=0, longest=30):

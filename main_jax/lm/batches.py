@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,10 +50,6 @@ class Shape:
     rows: int
     length: int
     examples: int
-
-    def union(self, other: Shape) -> Shape:
-        """A shape that holds what either holds."""
-        return Shape(*(max(a, b) for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 def length_bucket(length: int, limit: int | None = None) -> int:
@@ -112,11 +109,12 @@ def fitting_shape(
     Rows are of the bucket of the longest example or of one of the next two, at most `limit`: where rows
     come in multiples, a few longer ones may hold what much padding would.
     """
-    longest = max(max(lengths) for lengths in batches)
-    length, shapes = 0, []
-    for _ in range(3):
-        length = length_bucket(max(longest, length + 1), limit)
-        rows = max(len(first_fit(lengths, length)) for lengths in batches)
+    longest = max(max(batch) for batch in batches)
+    lengths, shapes = [length_bucket(longest, limit)], []
+    while len(lengths) < 3 and lengths[-1] < limit:
+        lengths.append(length_bucket(lengths[-1] + 1, limit))
+    for length in lengths:
+        rows = max(len(first_fit(batch, length)) for batch in batches)
         shapes.append(Shape(rows + -rows % rows_multiple, length, examples))
     return min(shapes, key=lambda shape: (shape.rows * shape.length, shape.length))
 
@@ -196,8 +194,9 @@ class UnitStream:
         units_per_microbatch: units in each of the K microbatches of a step.
         microbatches: K.
         limit: longest row allowed, in tokens.
-        shape: of a microbatch, where several streams are to share one compiled step; default: the
-            `fitting_shape` of all `steps` steps.
+        steps: which the shape holds.
+        shape: of a microbatch, where several streams share one compiled step (`shared_shape`); default:
+            what its own steps need.
         rows_multiple: what the number of rows is a multiple of, to be cut up evenly.
     """
 
@@ -218,9 +217,15 @@ class UnitStream:
             raise ValueError("there is nothing to train on")
         self.units, self.seed, self.packing = units, seed, packing
         self.per_micro, self.micro = units_per_microbatch, microbatches
+        self.steps, self.limit, self.rows_multiple = steps, limit, rows_multiple
         self._orders: dict[int, np.ndarray] = {}
-        shape = shape or self._own_shape(steps, limit, rows_multiple)
-        self.shape = replace(shape, rows=shape.rows + -shape.rows % rows_multiple)
+        if shape:
+            self.shape = replace(shape, rows=shape.rows + -shape.rows % rows_multiple)
+
+    @cached_property
+    def shape(self) -> Shape:
+        """Of every microbatch."""
+        return shared_shape([self])
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
@@ -238,15 +243,12 @@ class UnitStream:
         chosen = [self._order(int(e))[o] for e, o in zip(epochs, offsets, strict=True)]
         return np.asarray(chosen).reshape(self.micro, self.per_micro)
 
-    def _own_shape(self, steps: int, limit: int, rows_multiple: int) -> Shape:
-        lengths = [[len(e.tokens) for e in u.examples] for u in self.units]
-        length = length_bucket(max(max(unit) for unit in lengths), limit)
-        examples = self.per_micro * max(len(unit) for unit in lengths)
-        if not self.packing:
-            return Shape(examples, length, examples)
-        micros = (micro for step in range(steps) for micro in self.indices(step))
-        batches = [[n for i in micro for n in lengths[i]] for micro in micros]
-        return fitting_shape(batches, examples, limit, rows_multiple)
+    def lengths(self) -> Iterator[list[int]]:
+        """Of the examples of each microbatch of all its steps."""
+        own = [[len(e.tokens) for e in unit.examples] for unit in self.units]
+        for step in range(self.steps):
+            for micro in self.indices(step):
+                yield [n for i in micro for n in own[i]]
 
     def batch(self, step: int) -> Batch:
         """The stacked microbatches of a step: every leaf has a leading axis K."""
@@ -260,6 +262,16 @@ class UnitStream:
         fields = {n: v.astype(np.float32) if v.dtype.kind == "f" else v for n, v in fields.items()}
         fields["unit"] = np.repeat(np.arange(len(units)), [len(u.examples) for u in units])
         return collate(examples, self.shape, fields, self.packing)
+
+
+def shared_shape(streams: Sequence[UnitStream]) -> Shape:
+    """The `fitting_shape` of all steps of these streams, which have limit, packing and multiple in common."""
+    batches = [lengths for stream in streams for lengths in stream.lengths()]
+    examples, a = max(map(len, batches)), streams[0]
+    if a.packing:
+        return fitting_shape(batches, examples, a.limit, a.rows_multiple)
+    length = length_bucket(max(max(lengths) for lengths in batches), a.limit)
+    return Shape(examples + -examples % a.rows_multiple, length, examples)
 
 
 def stack(batches: Sequence[Batch]) -> Batch:

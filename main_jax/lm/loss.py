@@ -6,7 +6,6 @@ exactly what training optimises.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,8 +19,8 @@ from main_jax.lm.model import Decoder
 from main_jax.lm.sharding import constrain, row_shards
 
 CHUNK_LOGITS = {"cpu": 1 << 23, "gpu": 1 << 26, "tpu": 1 << 26}
-"""Logits alive at once on a device; the number of tokens per chunk follows from V. On a CPU as many as its
-caches hold; on accelerators so many that reading the `[D, V]` matrix is not what a chunk waits for."""
+"""Logits alive at once on a device; the number of tokens per chunk follows from V. On a CPU 32 MiB, about
+what caches hold; on accelerators so many that reading the `[D, V]` matrix is not what a chunk waits for."""
 
 
 # --------------------------------------------------------------------------------------- by token
@@ -44,9 +43,13 @@ def token_nll(hidden, unembed, targets, counted, chunk_logits: int | None = None
     return nll
 
 
+def _normaliser_and_nll(logits, targets):
+    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    return normaliser, normaliser - jnp.take_along_axis(logits, targets, axis=-1)
+
+
 def _nll(logits, targets):
-    picked = jnp.take_along_axis(logits, targets, axis=-1)
-    return (jax.nn.logsumexp(logits, axis=-1, keepdims=True) - picked,)
+    return _normaliser_and_nll(logits, targets)[1:]
 
 
 def _nll_and_miss(logits, targets):
@@ -61,7 +64,7 @@ def _measure(measure, outputs: int, hidden, unembed, targets, counted, chunk_log
     targets = chunks.cut(targets.reshape(*shape[:2], -1))
 
     def body(chunk, found):
-        new = measure(_logits(chunk(hidden), unembed), chunk(targets))
+        new = measure(_logits(chunk.read(hidden), unembed), chunk.read(targets))
         return tuple(chunk.write(a, x) for a, x in zip(found, new, strict=True))
 
     nothing = (jnp.zeros(targets.shape, jnp.float32),) * outputs
@@ -85,37 +88,41 @@ def weighted_token_nll(hidden, unembed, targets, counted, weights, chunk_logits:
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _weighted(hidden, unembed, targets, counted, weights, chunk_logits):
     nll = token_nll(hidden, unembed, targets, counted, chunk_logits)
-    return jnp.sum(weights * nll), nll
+    return jnp.sum(jnp.where(counted, weights, 0) * nll), nll
 
 
 def _weighted_forward(hidden, unembed, targets, counted, weights, chunk_logits):
     chunks = _Chunks.of(counted, unembed, chunk_logits)
-    weighted, matrix = jnp.where(counted, weights, 0), _gathered(unembed, hidden)
-    hidden, targets, weights = map(chunks.cut, (hidden, targets, weighted))
+    matrix, weights_in_place = _gathered(unembed, hidden), jnp.where(counted, weights, 0)
+    hidden, targets, weights = map(chunks.cut, (hidden, targets, weights_in_place))
 
     def body(chunk, carry):
         nll, d_hidden, d_unembed = carry
-        h, target, weight = chunk(hidden), chunk(targets)[..., None], chunk(weights)[..., None]
+        h, target, weight = (
+            chunk.read(hidden),
+            chunk.read(targets)[..., None],
+            chunk.read(weights)[..., None],
+        )
         logits = _logits(h, matrix)
-        (new,) = _nll(logits, target)
-        likely = jnp.exp(logits - (new + jnp.take_along_axis(logits, target, axis=-1)))
-        d_logits = weight * (likely - (jnp.arange(matrix.shape[1]) == target))
+        normaliser, new = _normaliser_and_nll(logits, target)
+        is_target = jnp.arange(matrix.shape[1]) == target
+        d_logits = weight * (jnp.exp(logits - normaliser) - is_target)
         d_logits = constrain(d_logits.astype(h.dtype), "BTV")
         d_h = jnp.einsum("GTV,DV->GTD", d_logits, matrix, preferred_element_type=jnp.float32)
         d_matrix = jnp.einsum("GTD,GTV->GDV", h, d_logits, preferred_element_type=jnp.float32)
         return (
             chunk.write(nll, new[..., 0]),
             chunk.write(d_hidden, d_h.astype(h.dtype)),
-            constrain(d_unembed + d_matrix, "BTV"),
+            constrain(d_unembed + d_matrix, "BDV"),
         )
 
     # Each device adds up its own; only the sum travels.
-    d_unembed = constrain(jnp.zeros((len(hidden), *matrix.shape), jnp.float32), "BTV")
+    d_unembed = constrain(jnp.zeros((hidden.shape[0], *matrix.shape), jnp.float32), "BDV")
     nothing = jnp.zeros(targets.shape, jnp.float32), jnp.zeros_like(hidden), d_unembed
     nll, d_hidden, d_unembed = chunks.fold(body, nothing)
     d_unembed = constrain(d_unembed.sum(0), "DV", parameter=True).astype(unembed.dtype)
     nll = chunks.join(nll)
-    return (jnp.sum(weighted * nll), nll), (chunks.join(d_hidden), d_unembed)
+    return (jnp.sum(weights_in_place * nll), nll), (chunks.join(d_hidden), d_unembed)
 
 
 def _weighted_backward(chunk_logits, saved, d):
@@ -134,7 +141,7 @@ class _Chunk(NamedTuple):
     start: Any
     size: int
 
-    def __call__(self, x):
+    def read(self, x):
         """Give [G, size, ...] of [G, N, ...]."""
         return jax.lax.dynamic_slice_in_dim(x, self.start, self.size, axis=1)
 
@@ -150,16 +157,16 @@ class _Chunks(NamedTuple):
     back: Any  # [G, N] its inverse
     counted: Any  # [B, T]
     most: Any  # counted tokens of the group that has the most
-    sizes: list[int]  # tokens of a group in a chunk; smaller ones for what is left
+    sizes: list[int]  # tokens of a group in a chunk: large, and a quarter for what is left
 
     @classmethod
     def of(cls, counted, unembed, chunk_logits: int | None) -> _Chunks:
-        groups = math.gcd(counted.shape[0], row_shards())
+        groups = row_shards() if counted.shape[0] % row_shards() == 0 else 1
         grouped = constrain(counted.reshape(groups, -1), "BT")
-        chunk_logits = chunk_logits or CHUNK_LOGITS[platform()]
-        tokens, size = grouped.shape[1], max(1, chunk_logits // unembed.shape[1])
-        size -= size % 64 if size > 64 else 0
-        sizes = [size, -(-size // 4)] if size < tokens else [-(-tokens // 4)]
+        chunk_logits, tokens = chunk_logits or CHUNK_LOGITS[platform()], grouped.shape[1]
+        quarter = max(1, chunk_logits // unembed.shape[1] // 4)
+        quarter -= quarter % 16 if quarter > 16 else 0
+        sizes = [4 * quarter, quarter] if 4 * quarter < tokens else [-(-tokens // 4)]
         order = jnp.argsort(~grouped, axis=1, stable=True)
         # Known before the loop: devices need not ask each other in it.
         most = grouped.sum(1).max()
@@ -278,7 +285,7 @@ def example_nlls(decoders: tuple[Decoder, ...], params: Sequence, batches: Seque
 def example_nll_and_misses(decoder: Decoder, params, batch: Batch):
     """(NLL [E] float32 in nats, [E] float32 how many targets are not the most likely token).
 
-    `batch.targets` and `batch.example` may have a last axis of A alternatives: examples that differ in
+    `batch.targets` and `batch.example` have a last axis of A alternatives: examples that differ in
     single tokens of one segment share its computation, each place's target counting for its own example.
     """
     hidden, _ = decoder.apply(params, batch.tokens, batch.positions, batch.segment_ids)

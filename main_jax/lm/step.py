@@ -134,20 +134,20 @@ def accumulate(
 
     by_token = optimizer.loss_normalization == "token"
 
+    def mean(sums, counts):
+        return sums / jnp.maximum(counts, 1)
+
     def weighted_sum(params, batch):
         def weigh(sums, counts):
             found = weighting.weigh(mean(sums, counts), batch.fields, weighting_state, progress)
             weights = found * (batch.fields["valid"] & (counts > 0))
-            return weights if by_token else mean(weights, counts), weights
+            return weights if by_token else weights / jnp.maximum(counts, 1), weights
 
         numerator, sums, counts, weights = weighted_nll(decoder, params, batch, weigh)
         denominator = jnp.sum(weights * (counts if by_token else 1.0))
         fields = batch.fields | {"valid": batch.fields["valid"] & (counts > 0)}
         groups = weighting.sums(mean(sums, counts), weights, fields)
         return numerator, (denominator, jnp.sum(counts), groups)
-
-    def mean(sums, counts):
-        return sums / jnp.maximum(counts, 1)
 
     def microbatch(batch):
         (numerator, aux), grads = jax.value_and_grad(weighted_sum, has_aux=True)(params, batch)

@@ -222,6 +222,11 @@ class UnitStream:
         if shape:
             self.shape = replace(shape, rows=shape.rows + -shape.rows % rows_multiple)
 
+    @property
+    def examples(self) -> int:
+        """What a microbatch holds at most."""
+        return self.per_micro * max(len(unit.examples) for unit in self.units)
+
     @cached_property
     def shape(self) -> Shape:
         """Of every microbatch."""
@@ -267,7 +272,7 @@ class UnitStream:
 def shared_shape(streams: Sequence[UnitStream]) -> Shape:
     """The `fitting_shape` of all steps of these streams, which have limit, packing and multiple in common."""
     batches = [lengths for stream in streams for lengths in stream.lengths()]
-    examples, a = max(map(len, batches)), streams[0]
+    examples, a = max(stream.examples for stream in streams), streams[0]
     if a.packing:
         return fitting_shape(batches, examples, a.limit, a.rows_multiple)
     length = length_bucket(max(max(lengths) for lengths in batches), a.limit)

@@ -271,7 +271,8 @@ class WorldSettings:
 class Config:
     """A run.
 
-    mesh: all devices, for training. inference_mesh: the devices of each process, for generation and
+    mesh: all devices, for training; `fsdp` by default, but `data` on the CPU devices of one process (there
+    `fsdp: N` is the one that saves memory). inference_mesh: the devices of each process, for generation and
     scoring, which each does alone. `fsdp` fits the most but gathers every layer at every token;
     `{data: -1, fsdp: 1}` keeps a whole copy of the model on each device and is the fastest where that fits;
     `tensor` lies between.

@@ -8,7 +8,9 @@ from etils import epath
 from pages import Page, check_in_browser, check_self_contained, open_browser
 
 from main_jax.ablate import show
+from main_jax.config import Config
 from main_jax.report.ablation import write_page
+from main_jax.strict_yaml import from_mapping
 
 DOCS = Path(__file__).parent.parent / "docs"
 RESULTS = json.loads((DOCS / "results.json").read_text())
@@ -23,12 +25,21 @@ def test_the_tables_are_those_of_the_figures():
     assert (DOCS / "results.md").read_text().endswith(show(RESULTS) + "\n")
 
 
+def test_what_was_run_can_be_run_again():
+    config = from_mapping(Config, RESULTS["config"], "docs/results.json")
+    assert config.world is not None and config.seed == RESULTS["seeds"][0]
+
+
 def test_everything_was_run():
     assert RESULTS["seeds"] == [0, 1, 2]
     assert list(RESULTS["variants"]) == ["rounds-0", "rounds-1-constant", "rounds-1-pair_ratio"]
     for figures in RESULTS["variants"].values():
         for arm in ("none", "random", "forward_ce", "ifd", "mutual", "oracle", "none-epochs"):
             assert all(value is not None for value in figures["heldout"][arm]["values"])
+        # The configured share is one of the three at which precision is told.
+        at = {share: figures[f"precision_at_{share}"]["mutual"] for share in (0.2, 0.4, 0.6)}
+        assert at[0.4]["values"] == figures["precision"]["mutual"]["values"]
+        assert at[0.2]["mean"] > at[0.4]["mean"] > at[0.6]["mean"]
 
 
 @pytest.mark.parametrize(

@@ -71,8 +71,8 @@ def mean(results: list[dict]) -> dict:
 
 
 def one_world_bands(r: dict) -> dict[str, bool]:
-    """What every world must show. The differences of held-out figures, each with a standard error of
-    about .05, have a sign here and their size in the mean."""
+    """What every world must show. Of a single world, differences of held-out figures are only not far
+    below zero: rounding alone moves such a figure by more than its standard error, through training."""
     heldout = {arm: figures["heldout"] for arm, figures in r["arms"].items()}
     auroc = r["auroc"]
     return {
@@ -80,8 +80,8 @@ def one_world_bands(r: dict) -> dict[str, bool]:
         "mutual AUROC >= .85": auroc["mutual"] >= 0.85,
         "mutual AUROC > the better single direction + .01":
             auroc["mutual"] > max(auroc["forward_ce"], auroc["reverse_ce"]) + 0.01,
-        "held-out: mutual > none": heldout["mutual"] > heldout["none"],
-        "held-out: mutual > random": heldout["mutual"] > heldout["random"],
+        "held-out: mutual > none - .10": heldout["mutual"] > heldout["none"] - 0.10,
+        "held-out: mutual > random - .10": heldout["mutual"] > heldout["random"] - 0.10,
     }  # fmt: skip
 
 
@@ -194,6 +194,8 @@ def test_good_results_pass():
         ("arms/none/heldout", 0.41, ["held-out: mutual - none > .10"]),
         ("arms/random/heldout", 0.41, ["held-out: mutual - random > .10"]),
         ("arms/mutual/heldout", 0.3, ["held-out: mutual - none > .10", "held-out: mutual - random > .10"]),
+        ("arms/mutual/heldout", 0.1, ["held-out: mutual > none - .10", "held-out: mutual > random - .10",
+                                      "held-out: mutual - none > .10", "held-out: mutual - random > .10"]),
         ("auroc_by_kind/truncated/reverse_ce", 0.86, ["forward beats reverse by >= .05 AUROC on truncated"]),
         ("auroc_by_kind/pronoun/forward_ce", 0.86, ["reverse beats forward by >= .05 AUROC on pronoun"]),
         ("arms/none/precision", 0.75, ["precision: mutual - none > .2"]),

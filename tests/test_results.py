@@ -63,7 +63,7 @@ def test_the_demos_case_lies_within_the_bands(found, least):
 
 @pytest.mark.parametrize("world", range(3))
 def test_every_world_lies_within_the_bands_of_one(world):
-    """Differences of single held-out figures, each with a standard error of .05, have a sign here."""
+    """Of a single world, differences of held-out figures are only not far below zero (docs/results.md)."""
 
     def of(figure: str, arm: str) -> float:
         return DEMO[figure][arm]["values"][world]
@@ -72,7 +72,7 @@ def test_every_world_lies_within_the_bands_of_one(world):
     assert of("auroc", "mutual") >= 0.85
     single = max(of("auroc", "forward_ce"), of("auroc", "reverse_ce"))
     assert of("auroc", "mutual") > single + 0.01
-    assert of("heldout", "mutual") > max(of("heldout", "none"), of("heldout", "random"))
+    assert of("heldout", "mutual") > max(of("heldout", "none"), of("heldout", "random")) - 0.1
 
 
 def test_its_page_can_be_read_anywhere(tmp_path):

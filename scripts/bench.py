@@ -79,6 +79,8 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--against torch: PyTorch is not installed (make torch)")
     if options.what == "linear" and options.size not in SIZES:
         parser.error("linear is measured on CPU cores: --size S or M")
+    if options.what == "linear" and options.against:
+        parser.error("linear compares nothing: without --against")
     return options
 
 

@@ -37,7 +37,7 @@ def token_nll(hidden, unembed, targets, counted, chunk_logits: int | None = None
         chunk_logits: how many logits may be alive at once on a device; default: `CHUNK_LOGITS`.
 
     Returns:
-        float32, of the targets' shape. It has no gradient: `weighted_nll` has.
+        float32, of the targets' shape. It has no gradient: `weighted_token_nll` has.
     """
     (nll,) = _measure(_nll, 1, hidden, unembed, targets, counted, chunk_logits)
     return nll
@@ -232,8 +232,8 @@ def _sum_by_example(values, batch: Batch):
     return constrain(sums, "E")
 
 
-def per_example_nll(decoder: Decoder, params, batch: Batch, chunk_logits: int | None = None):
-    """The NLL of every example of a packed batch; `chunk_logits` as in `token_nll`. No gradient.
+def per_example_nll(decoder: Decoder, params, batch: Batch):
+    """The NLL of every example of a packed batch, without a gradient.
 
     Returns:
         (sum [E] float32 in nats, count [E] float32 target tokens). They travel apart: whoever needs a
@@ -242,7 +242,7 @@ def per_example_nll(decoder: Decoder, params, batch: Batch, chunk_logits: int | 
     hidden, _ = decoder.apply(params, batch.tokens, batch.positions, batch.segment_ids)
     with jax.named_scope("loss"):
         counted = _counted(batch)
-        nll = token_nll(hidden, decoder.unembed(params), batch.targets, counted, chunk_logits)
+        nll = token_nll(hidden, decoder.unembed(params), batch.targets, counted)
         return _sum_by_example(nll, batch), _sum_by_example(counted, batch)
 
 

@@ -27,8 +27,8 @@ from bench_workers import SIZES, about, draw_pairs, write_json
 from main_jax.lm.arch import DecoderConfig
 
 PAIRS = {
-    "score": {"S": 32, "M": 12},
-    "train": {"S": 32, "M": 8},
+    "score": {"S": 96, "M": 32},
+    "train": {"S": 32, "M": 16},
     "generate": {"S": 64, "M": 16},
     "linear": {"S": 250, "M": 60},
 }  # what takes a few minutes

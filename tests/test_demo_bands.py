@@ -6,8 +6,11 @@ that have already been computed can be looked at with `python tests/test_demo_ba
 
 import copy
 import json
+import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -112,22 +115,37 @@ def missed(bands: dict[str, bool]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def worlds(tmp_path_factory) -> list[dict]:
-    """results.json of the demo as it is shipped, one world after another."""
+def runs(tmp_path_factory) -> list[tuple[dict, Counter, Counter]]:
+    """Of the demo as it is shipped, one world after another: results.json, how many programs of each name
+    JAX compiled, and how many different ones a compile cache holds that was empty."""
     folder = tmp_path_factory.mktemp("worlds")
-    loaded = []
+    found = []
     for seed in WORLDS:
-        run = folder / f"world-{seed}"
+        run, cache = folder / f"world-{seed}", folder / f"cache-{seed}"
+        settings = {
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            "JAX_LOG_COMPILES": "1",
+        }
         done = subprocess.run(
             [TOOL, "run", ROOT / "configs" / "demo.yaml", "--cpu-devices", "1", "--seed", str(seed),
              "--output_dir", run],
-            capture_output=True, text=True, timeout=LIMIT_S, check=False,
+            capture_output=True, text=True, timeout=LIMIT_S, check=False, env=os.environ | settings,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
-        loaded.append(json.loads((run / "results.json").read_text()))
+        compiled = re.findall(r"Compiling jit\((\w+)\)", done.stderr)
+        cached = re.findall(r"^jit_(\w+)-\w+-cache$", "\n".join(os.listdir(cache)), re.MULTILINE)
+        results = json.loads((run / "results.json").read_text())
+        found.append((results, Counter(compiled), Counter(cached)))
         for arm in ARMS:
             assert f"\n{arm} " in f"\n{done.stdout}"
-    return loaded
+    return found
+
+
+@pytest.fixture(scope="module")
+def worlds(runs) -> list[dict]:
+    return [results for results, *_ in runs]
 
 
 @pytest.mark.slow
@@ -144,6 +162,17 @@ def test_three_worlds_lie_inside_the_bands(worlds):
 @pytest.mark.slow
 def test_worlds_differ(worlds):
     assert len({json.dumps(r["arms"]) for r in worlds}) == len(WORLDS)
+
+
+@pytest.mark.slow
+def test_each_program_is_compiled_once(runs):
+    """A program that is compiled again has its place in the cache already."""
+    for _, compiled, cached in runs:
+        assert compiled == cached
+        assert 20 < compiled.total() < 120
+        assert compiled["train_step"] == 4  # the world's, align's two sizes of batches, the arms'
+        assert compiled["decode"] == 2  # it samples in align and augment, and is greedy in evaluate
+        assert compiled["example_nlls"] == compiled["init_fn"] == 1
 
 
 # ------------------------------------------------------------------------------------------ can they fail?

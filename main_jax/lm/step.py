@@ -10,7 +10,7 @@ them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
@@ -65,13 +65,16 @@ class Optimizer:
 
     def transform(self) -> optax.GradientTransformation:
         """Everything but the learning rate, which is an argument of the step (no recompile)."""
-        return optax.chain(
-            optax.clip_by_global_norm(self.max_grad_norm),
-            optax.scale_by_adam(
-                b1=self.beta1, b2=self.beta2, eps=self.epsilon, mu_dtype=self.mu_dtype
-            ),
-            optax.add_decayed_weights(self.weight_decay, mask=is_matrix),
-        )
+        return _transform(self)
+
+
+@cache  # the same functions for an equal optimizer: JAX compiles `init` once
+def _transform(o: Optimizer) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.clip_by_global_norm(o.max_grad_norm),
+        optax.scale_by_adam(b1=o.beta1, b2=o.beta2, eps=o.epsilon, mu_dtype=o.mu_dtype),
+        optax.add_decayed_weights(o.weight_decay, mask=is_matrix),
+    )
 
 
 class TrainState(NamedTuple):

@@ -27,7 +27,7 @@ from bench_workers import SIZES, about, draw_pairs, write_json
 from main_jax.lm.arch import DecoderConfig
 
 PAIRS = {
-    "score": {"S": 96, "M": 32},
+    "score": {"S": 96, "M": 48},
     "train": {"S": 32, "M": 16},
     "generate": {"S": 64, "M": 16},
     "linear": {"S": 250, "M": 60},

@@ -209,6 +209,10 @@ def test_the_verb_writes_judges_and_judges_again(model, questions, tmp_path, mon
     assert "win rate" in out and "sk-secret" not in out + err
 
 
+JUDGED = ("--output", "o.json", "--reference", "r.json",
+          "--judge-url", "http://x", "--judge-model", "j")  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -220,6 +224,9 @@ def test_the_verb_writes_judges_and_judges_again(model, questions, tmp_path, mon
         (("--alpaca-eval", "q.json", "--output", "o.json"), "together with --model"),
         (("--alpaca-eval", "q.json", "--model", "m"), "needs --output"),
         (("--model", "m", "--tasks", "ifeval"), "or --output"),
+        ((*JUDGED, "--arm", "mutual"), "--arm: does not go with judging outputs that are there"),
+        ((*JUDGED, "--temperature", "0.7"), "--temperature: does not go with judging outputs"),
+        ((*JUDGED, "--inference-mesh", "1,1,1"), "--inference-mesh: does not go with judging"),
     ],
 )  # fmt: skip
 def test_options_that_do_not_go_together(words, said, capsys):

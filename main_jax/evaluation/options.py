@@ -24,6 +24,11 @@ ALPACA = (
     "reference", "judge_url", "judge_model", "judge_key_env", "judge_prompt", "judge_parameters",
     "judge_concurrency",
 )  # fmt: skip
+JUDGING = (
+    "output",
+    "random_seed",
+    *(n for n in ALPACA if n == "reference" or n.startswith("judge_")),
+)
 NAMES = (*HARNESS, *ALPACA)
 """None where they are not given: they do not belong to a run's stage."""
 
@@ -153,13 +158,20 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
 def alpaca_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What is given of the AlpacaEval options. Raises UserError for what lacks."""
     given = _given(arguments, (*ALPACA, *SHARED), HARNESS, "--alpaca-eval")
-    judging = any(name.startswith("judge_") or name == "reference" for name in given)
+    judging = any(name in ALPACA and name in JUDGING for name in given)
     if judging and not {"judge_url", "judge_model", "reference"} <= given.keys():
         raise UserError("judging needs --judge-url, --judge-model and --reference")
     if "alpaca_eval" in given and "model" in given:
         given.setdefault("output", _in_run(given, "alpaca_eval"))
     if not given.get("output") or ("alpaca_eval" in given) != ("model" in given):
         raise UserError("AlpacaEval needs --output, and --alpaca-eval together with --model")
+    if "alpaca_eval" not in given:
+        for name in given:
+            if name not in JUDGING:
+                raise UserError(
+                    f"{processes.option(name)}: does not go with judging outputs that are there "
+                    "(--alpaca-eval is not given)"
+                )
     return given
 
 

@@ -51,6 +51,15 @@ class Shape:
     length: int
     examples: int
 
+    @property
+    def slots(self) -> int:
+        """Places for tokens, padding included."""
+        return self.rows * self.length
+
+
+STRIDE = 64
+"""Rows of long examples are a multiple of so many slots: a tile of the CPU's attention."""
+
 
 def length_bucket(length: int, limit: int | None = None) -> int:
     """The smallest of 32, 48, 64, 96, 128, ... that holds `length`: few shapes, at most 1/3 waste."""
@@ -106,17 +115,32 @@ def fitting_shape(
 ) -> Shape:
     """The shape with the fewest slots that holds each of these batches, given as lengths of examples.
 
-    Rows are of the bucket of the longest example or of one of the next two, at most `limit`: where rows
-    come in multiples, a few longer ones may hold what much padding would.
+    Rows are of the bucket of the longest example or of one of the next two, or, where it is long, of any
+    multiple of `STRIDE` from there on, at most `limit`: a few longer ones may hold what much padding would.
     """
-    longest = max(max(batch) for batch in batches)
-    lengths, shapes = [length_bucket(longest, limit)], []
+    longest, most = max(map(max, batches)), max(map(sum, batches))
+    lengths = [length_bucket(longest, limit)]
     while len(lengths) < 3 and lengths[-1] < limit:
         lengths.append(length_bucket(lengths[-1] + 1, limit))
-    for length in lengths:
-        rows = max(len(first_fit(batch, length)) for batch in batches)
-        shapes.append(Shape(rows + -rows % rows_multiple, length, examples))
-    return min(shapes, key=lambda shape: (shape.rows * shape.length, shape.length))
+    if longest > 2 * STRIDE:
+        lengths += range(longest + -longest % STRIDE, limit + 1, STRIDE)
+
+    def shape(rows: int, length: int) -> Shape:
+        return Shape(rows + -rows % rows_multiple, length, examples)
+
+    def fewest(length: int) -> int:
+        return shape(-(-most // length), length).slots
+
+    best = shape(sum(map(len, batches)), lengths[0])
+    fullest_first = sorted(batches, key=sum, reverse=True)
+    for length in sorted(set(lengths), key=lambda length: (fewest(length), length)):
+        rows = -(-most // length)
+        for batch in fullest_first:
+            if shape(rows, length).slots > best.slots:
+                break  # what is found already is better
+            rows = max(rows, len(first_fit(batch, length)))
+        best = min(best, shape(rows, length), key=lambda found: (found.slots, found.length))
+    return best
 
 
 def collate(

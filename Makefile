@@ -12,7 +12,7 @@ INSTALLED_TPU := $(VENV)-tpu/.installed-$(VERSION)
 
 .PHONY: demo test test-slow lint format torch clean
 
-# On one CPU device, so that the numbers do not depend on how many cores there are.
+# On one CPU device, so that batches do not depend on how many cores there are; rounding still may.
 demo: $(INSTALLED)
 	$(BIN)/main-jax run configs/demo.yaml --cpu-devices 1 --output_dir runs/demo --seed $(SEED)
 

@@ -19,16 +19,13 @@ HARNESS = (
     "tokens_per_batch", "batch_size", "random_seed", "log_samples", "arm", "inference_mesh",
 )  # fmt: skip
 SHARED = ("model", "output", "batch_size", "random_seed", "arm", "inference_mesh")
-ALPACA = (
-    "alpaca_eval", "generator", "template", "max_new_tokens", "temperature", "top_p", "top_k",
+JUDGE = (
     "reference", "judge_url", "judge_model", "judge_key_env", "judge_prompt", "judge_parameters",
     "judge_concurrency",
 )  # fmt: skip
-JUDGING = (
-    "output",
-    "random_seed",
-    *(n for n in ALPACA if n == "reference" or n.startswith("judge_")),
-)
+ALPACA = (
+    "alpaca_eval", "generator", "template", "max_new_tokens", "temperature", "top_p", "top_k", *JUDGE,
+)  # fmt: skip
 NAMES = (*HARNESS, *ALPACA)
 """None where they are not given: they do not belong to a run's stage."""
 
@@ -158,7 +155,7 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
 def alpaca_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What is given of the AlpacaEval options. Raises UserError for what lacks."""
     given = _given(arguments, (*ALPACA, *SHARED), HARNESS, "--alpaca-eval")
-    judging = any(name in ALPACA and name in JUDGING for name in given)
+    judging = any(name in JUDGE for name in given)
     if judging and not {"judge_url", "judge_model", "reference"} <= given.keys():
         raise UserError("judging needs --judge-url, --judge-model and --reference")
     if "alpaca_eval" in given and "model" in given:
@@ -167,7 +164,7 @@ def alpaca_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         raise UserError("AlpacaEval needs --output, and --alpaca-eval together with --model")
     if "alpaca_eval" not in given:
         for name in given:
-            if name not in JUDGING:
+            if name not in (*JUDGE, "output", "random_seed"):
                 raise UserError(
                     f"{processes.option(name)}: does not go with judging outputs that are there "
                     "(--alpaca-eval is not given)"

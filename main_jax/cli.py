@@ -20,7 +20,7 @@ from main_jax.command_line import FILE_OPTIONS, STAGES, build_parser
 from main_jax.errors import UserError
 from main_jax.lm import progress
 from main_jax.lm.rendezvous import StartError
-from main_jax.lm.runtime import initialize, joined
+from main_jax.lm.runtime import initialize, joined, start_with_huge_pages
 
 
 def run_config(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
@@ -346,8 +346,14 @@ VERBS = {
 """Those that are no stage of a run; `score` and `evaluate` are both."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def console() -> int:
     """The console script; returns the exit code."""
+    start_with_huge_pages()
+    return main()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """What the words of a command line ask for; returns the exit code."""
     return guarded(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
 
 
@@ -447,4 +453,4 @@ def _fail(message: str, code: int, stage: str | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console())

@@ -137,7 +137,7 @@ def on_cores(
     title = f"{count} core{'s' * (count > 1)}"
     total = sum(limits)
     print(f"\n{title}, {len(prompts)} prompts, {total:,} new tokens", file=sys.stderr, flush=True)
-    workers = [Worker(where, our_runs, path, prompts, limits, count, options.rows)]
+    workers = [Worker(where, our_runs, path, prompts, limits, count, options.rows, ours=True)]
     label = "main_jax" + f", {count} devices" * (count > 1)
     variants = [
         Variant(f"{label}, {n} rows", workers, f"{n} rows", ours=True) for n in options.rows

@@ -181,7 +181,8 @@ def train(options: argparse.Namespace, path: str, pairs: Any) -> dict[str, Any]:
 def linear(options: argparse.Namespace, path: str, pairs: Any) -> dict[str, Any]:
     """Score more and more pairs, once each, on one core: what a token costs should not depend on it."""
     counts = [len(pairs) * factor for factor in LINEAR]
-    worker = Worker(first_cores(1), linear_runs, path, counts, options.attention[0], options.budget)
+    told = (path, counts, options.attention[0], options.budget)
+    worker = Worker(first_cores(1), linear_runs, *told, ours=True)
     print(f"\n{'pairs':>8} {'tokens':>10} {'tokens per CPU-second':>22} {'peak MB':>8}")
     rows = []
     try:
@@ -241,7 +242,7 @@ def _variants(
 ) -> tuple[list[Worker], list[Variant]]:
     """Start the workers of so many cores; on two, PyTorch's with two threads, and two with one each."""
     where = first_cores(count)
-    worker = Worker(where, *ours(count))
+    worker = Worker(where, *ours(count), ours=True)
     workers, variants = [worker], []
     for attention in options.attention:
         label = f"main_jax, {attention}" + f", {count} devices" * (count > 1)

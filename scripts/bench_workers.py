@@ -16,7 +16,8 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from main_jax.lm.arch import DecoderConfig
+from main_jax.lm.runtime import HUGE_PAGES
 
 SIZES = {
     name: DecoderConfig(
@@ -79,16 +81,19 @@ class Worker:
     """A process on so many cores that runs what `build(*arguments)`, called there, names.
 
     `build` is a function of a module, since the process imports it. PyTorch and XLA take as many
-    threads as there are cores to run on.
+    threads as there are cores to run on. `ours`: with the pages of memory that `main-jax` starts itself with.
     """
 
-    def __init__(self, cores: Sequence[int], build: Callable[..., Runs], *arguments: Any):
+    def __init__(
+        self, cores: Sequence[int], build: Callable[..., Runs], *arguments: Any, ours: bool = False
+    ):
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
             target=_serve, args=(theirs, tuple(cores), build, arguments), daemon=True
         )
-        self._process.start()
+        with _tunables(HUGE_PAGES if ours else ""):
+            self._process.start()
         theirs.close()
 
     def start(self, name: str) -> None:
@@ -107,6 +112,15 @@ class Worker:
         if self._process.is_alive():
             self._pipe.send(None)
         self._process.join()
+
+
+@contextmanager
+def _tunables(more: str) -> Iterator[None]:
+    """What a process started in here reads of glibc's settings; those that this one was given stay."""
+    given = os.environ.get("GLIBC_TUNABLES", "")
+    os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (more, given)))
+    yield
+    os.environ["GLIBC_TUNABLES"] = given
 
 
 def _serve(pipe: Any, cores: tuple[int, ...], build: Callable[..., Runs], arguments: Any) -> None:

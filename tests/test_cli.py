@@ -158,6 +158,34 @@ def test_a_mistake_in_a_real_process_is_one_unwrapped_line(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
+@pytest.mark.parametrize(
+    ("given", "starts", "then"),
+    [
+        (None, 2, "glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.check=0", 2, "glibc.malloc.check=0:glibc.malloc.hugetlb=1"),
+        ("glibc.malloc.hugetlb=0", 1, "glibc.malloc.hugetlb=0"),
+    ],
+)
+def test_the_program_starts_itself_anew_once_with_huge_pages(given, starts, then):
+    """As the same process with the same words; what the user has set wins."""
+    code = (
+        "import os, sys; print('start', os.getpid(), flush=True);"
+        "from main_jax.lm.runtime import start_with_huge_pages; start_with_huge_pages();"
+        "print(os.environ['GLIBC_TUNABLES'], *sys.argv[1:], sep='|')"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    if given is not None:
+        environment["GLIBC_TUNABLES"] = given
+    done = subprocess.run(
+        [sys.executable, "-c", code, "run", "two words"],
+        capture_output=True, text=True, check=True, env=environment,
+    )  # fmt: skip
+    *begun, words = done.stdout.splitlines()
+    assert words == f"{then}|run|two words"
+    assert len(begun) == starts and len(set(begun)) == 1
+
+
 # ------------------------------------------------------------------------------------------ score
 
 

@@ -16,7 +16,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,7 +115,7 @@ class Worker:
 
 
 @contextmanager
-def _tunables(more: str) -> Iterator[None]:
+def _tunables(more: str) -> Generator[None]:
     """What a process started in here reads of glibc's settings; those that this one was given stay."""
     given = os.environ.get("GLIBC_TUNABLES", "")
     os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (more, given)))

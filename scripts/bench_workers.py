@@ -16,8 +16,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from main_jax.lm.arch import DecoderConfig
-from main_jax.lm.runtime import HUGE_PAGES
+from main_jax.lm.runtime import with_huge_pages
 
 SIZES = {
     name: DecoderConfig(
@@ -81,7 +80,7 @@ class Worker:
     """A process on so many cores that runs what `build(*arguments)`, called there, names.
 
     `build` is a function of a module, since the process imports it. PyTorch and XLA take as many
-    threads as there are cores to run on. `ours`: with the pages of memory that `main-jax` starts itself with.
+    threads as there are cores to run on. `ours` have memory in huge pages, as `main-jax` has.
     """
 
     def __init__(
@@ -92,8 +91,10 @@ class Worker:
         self._process = context.Process(
             target=_serve, args=(theirs, tuple(cores), build, arguments), daemon=True
         )
-        with _tunables(HUGE_PAGES if ours else ""):
-            self._process.start()
+        given = os.environ.get("GLIBC_TUNABLES", "")  # which the new process reads when it starts
+        os.environ["GLIBC_TUNABLES"] = with_huge_pages(given) if ours else given
+        self._process.start()
+        os.environ["GLIBC_TUNABLES"] = given
         theirs.close()
 
     def start(self, name: str) -> None:
@@ -112,15 +113,6 @@ class Worker:
         if self._process.is_alive():
             self._pipe.send(None)
         self._process.join()
-
-
-@contextmanager
-def _tunables(more: str) -> Generator[None]:
-    """What a process started in here reads of glibc's settings; those that this one was given stay."""
-    given = os.environ.get("GLIBC_TUNABLES", "")
-    os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (more, given)))
-    yield
-    os.environ["GLIBC_TUNABLES"] = given
 
 
 def _serve(pipe: Any, cores: tuple[int, ...], build: Callable[..., Runs], arguments: Any) -> None:

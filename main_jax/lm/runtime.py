@@ -49,22 +49,23 @@ class Distributed:
     auto: bool = False
 
 
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
-"""Among `GLIBC_TUNABLES`: memory is asked for in huge pages, where Linux allows it."""
+def with_huge_pages(tunables: str) -> str:
+    """`GLIBC_TUNABLES` by which glibc asks for memory in huge pages; what `tunables` say of it wins."""
+    setting = "glibc.malloc.hugetlb"
+    return tunables if setting in tunables else f"{tunables}:{setting}=1".lstrip(":")
 
 
 def start_with_huge_pages() -> None:
-    """Starts this program anew, once, with `HUGE_PAGES`, which glibc reads when a process starts.
+    """Starts this program anew, once, `with_huge_pages`: glibc reads its settings when a process starts.
 
     On a CPU a step's temporaries are fresh memory each time: to map and clear them in pages of 4 KiB takes up
     to a sixth of the time (docs/performance.md). What the user has set wins; the processes that this one
     starts inherit it; other C libraries do not look at it.
     """
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if sys.platform != "linux" or HUGE_PAGES.partition("=")[0] in tunables:
-        return
-    os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, HUGE_PAGES)))
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    given = os.environ.get("GLIBC_TUNABLES", "")
+    if sys.platform == "linux" and (wanted := with_huge_pages(given)) != given:
+        os.environ["GLIBC_TUNABLES"] = wanted
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def initialize(

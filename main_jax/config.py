@@ -259,7 +259,7 @@ class WorldSettings:
 
     noise: float = 0.3
     seed_pairs: int = 240
-    responses: int = 1400
+    responses: int = 2400
     test_questions: int = 190
     documents: int = 20_000
     hidden_size: int = 64

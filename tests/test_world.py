@@ -222,7 +222,7 @@ def test_exact_match_tells_facts_apart(stated: Fact, asked: Fact):
 
 
 def test_sizes_and_split(world: World):
-    assert (len(world.seed), len(world.responses)) == (240, 1400)
+    assert (len(world.seed), len(world.responses)) == (240, 2400)
     assert {name: len(test) for name, test in world.tests.items()} == {
         "heldout": 190,
         "paraphrase": 190,
@@ -279,7 +279,7 @@ def test_noise_changes_replaced_instructions_only():
 
 def test_kinds_have_their_shares(world: World):
     kinds = Counter(truth.kind for truth in world.truth.responses.values())
-    assert kinds == {kind: round(share * 1400) for kind, share in KIND_SHARES.items()}
+    assert kinds == {kind: round(share * 2400) for kind, share in KIND_SHARES.items()}
     assert sum(KIND_SHARES.values()) == pytest.approx(1.0)
     of_new = Counter(
         entity in world.new_entities

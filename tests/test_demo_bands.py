@@ -74,8 +74,7 @@ def mean(results: list[dict]) -> dict:
 
 
 def one_world_bands(r: dict) -> dict[str, bool]:
-    """What every world must show. Of a single world, differences of held-out figures are only not far
-    below zero: rounding alone moves such a figure by more than its standard error, through training."""
+    """What every world must show."""
     heldout = {arm: figures["heldout"] for arm, figures in r["arms"].items()}
     auroc = r["auroc"]
     return {
@@ -83,8 +82,8 @@ def one_world_bands(r: dict) -> dict[str, bool]:
         "mutual AUROC >= .85": auroc["mutual"] >= 0.85,
         "mutual AUROC > the better single direction + .01":
             auroc["mutual"] > max(auroc["forward_ce"], auroc["reverse_ce"]) + 0.01,
-        "held-out: mutual > none - .10": heldout["mutual"] > heldout["none"] - 0.10,
-        "held-out: mutual > random - .10": heldout["mutual"] > heldout["random"] - 0.10,
+        "held-out: mutual - none > .10": heldout["mutual"] - heldout["none"] > 0.10,
+        "held-out: mutual - random > .10": heldout["mutual"] - heldout["random"] > 0.10,
     }  # fmt: skip
 
 
@@ -92,10 +91,7 @@ def mean_bands(r: dict) -> dict[str, bool]:
     """What holds for the mean of three worlds."""
     precision = {arm: figures["precision"] for arm, figures in r["arms"].items()}
     truncated, pronoun = r["auroc_by_kind"]["truncated"], r["auroc_by_kind"]["pronoun"]
-    heldout = {arm: figures["heldout"] for arm, figures in r["arms"].items()}
     return one_world_bands(r) | {
-        "held-out: mutual - none > .10": heldout["mutual"] - heldout["none"] > 0.10,
-        "held-out: mutual - random > .10": heldout["mutual"] - heldout["random"] > 0.10,
         "forward beats reverse by >= .05 AUROC on truncated":
             truncated["forward_ce"] - truncated["reverse_ce"] >= 0.05,
         "reverse beats forward by >= .05 AUROC on pronoun":
@@ -223,8 +219,6 @@ def test_good_results_pass():
         ("arms/none/heldout", 0.41, ["held-out: mutual - none > .10"]),
         ("arms/random/heldout", 0.41, ["held-out: mutual - random > .10"]),
         ("arms/mutual/heldout", 0.3, ["held-out: mutual - none > .10", "held-out: mutual - random > .10"]),
-        ("arms/mutual/heldout", 0.1, ["held-out: mutual > none - .10", "held-out: mutual > random - .10",
-                                      "held-out: mutual - none > .10", "held-out: mutual - random > .10"]),
         ("auroc_by_kind/truncated/reverse_ce", 0.86, ["forward beats reverse by >= .05 AUROC on truncated"]),
         ("auroc_by_kind/pronoun/forward_ce", 0.86, ["reverse beats forward by >= .05 AUROC on pronoun"]),
         ("arms/none/precision", 0.75, ["precision: mutual - none > .2"]),
@@ -236,7 +230,7 @@ def test_good_results_pass():
 def test_every_band_can_fail(path, value, bands):
     check_form(changed(path, value))
     assert missed(mean_bands(changed(path, value))) == bands
-    # The mean decides: one world outside, two well inside.
+    # The mean decides: one world outside, six well inside.
     assert (
         missed(mean_bands(mean([changed(path, value), GOOD, GOOD, GOOD, GOOD, GOOD, GOOD]))) == []
     )

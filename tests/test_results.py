@@ -62,17 +62,16 @@ def test_the_demos_case_lies_within_the_bands(found, least):
 
 
 @pytest.mark.parametrize("world", range(3))
-def test_every_world_lies_within_the_bands_of_one(world):
-    """Of a single world, differences of held-out figures are only not far below zero (docs/results.md)."""
-
+@pytest.mark.parametrize("variant", RESULTS["variants"])
+def test_every_world_lies_within_the_bands_of_one(variant, world):
     def of(figure: str, arm: str) -> float:
-        return DEMO[figure][arm]["values"][world]
+        return RESULTS["variants"][variant][figure][arm]["values"][world]
 
     assert of("heldout", "seed_only") <= 0.05
     assert of("auroc", "mutual") >= 0.85
     single = max(of("auroc", "forward_ce"), of("auroc", "reverse_ce"))
     assert of("auroc", "mutual") > single + 0.01
-    assert of("heldout", "mutual") > max(of("heldout", "none"), of("heldout", "random")) - 0.1
+    assert of("heldout", "mutual") > max(of("heldout", "none"), of("heldout", "random")) + 0.1
 
 
 def test_its_page_can_be_read_anywhere(tmp_path):

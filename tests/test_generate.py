@@ -14,7 +14,7 @@ from tiny_decoder import CONFIG, DECODER, drawn_params, logits_of
 from main_jax.lm.decode import admit, decode
 from main_jax.lm.generate import Sampling, Statistics, generate, row_key
 from main_jax.lm.model import Decoder
-from main_jax.lm.sampling import sample
+from main_jax.lm.sampling import nucleus_mask, sample
 
 NEW = 12
 LIMIT = CONFIG.max_position_embeddings - NEW
@@ -247,7 +247,7 @@ LOGITS = np.array([0.3, 2.0, -1.0, 1.1, 1.9, -3.0, 0.9, 0.0, 1.6, -0.4, 0.5], np
     ],
     ids=str,
 )
-def test_sampling_frequencies_equal_the_nucleus(sampling):
+def test_sampling_frequencies_equal_thenucleus_mask(sampling):
     probs = nucleus(LOGITS, sampling)
     found = np.bincount(draw(LOGITS, 0, sampling), minlength=len(LOGITS)) / 20_000
     assert set(np.flatnonzero(found)) == set(np.flatnonzero(probs))
@@ -268,6 +268,27 @@ def test_nothing_outside_the_nucleus_is_drawn(logits, seed):
     found = np.bincount(draw(np.array(logits, np.float32), seed, sampling), minlength=6)
     assert not np.any(found[probs == 0])
     assert np.all(found[probs > 0.002] > 0)
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
+def test_the_nucleus_of_a_large_vocabulary(top_p):
+    sampling = Sampling(temperature=0.7, top_p=top_p)
+    logits = np.random.default_rng(1).normal(0, 2.5, (3, 4001)).astype(np.float32)
+    found = np.asarray(nucleus_mask(jax.nn.softmax(logits / np.float32(0.7)), top_p))
+    for row, kept in zip(logits, found, strict=True):
+        probs = nucleus(row, sampling)
+        # Summed in another order, in float32: the last token of the set may be in or out.
+        assert abs(kept.sum() - (probs > 0).sum()) <= 1
+        assert row[kept].min() > row[~kept].max()
+
+
+def test_equally_likely_tokens_are_in_the_nucleus_together():
+    even = np.full(8, 0.125, np.float32)
+    two = np.array([0.25, 0.25, 0.4, 0.0, 0.1, 0, 0, 0], np.float32)
+    assert nucleus_mask(np.stack([even, two]), 0.5).tolist() == [
+        [True] * 8,
+        [True] * 3 + [False] * 5,
+    ]
 
 
 def test_temperature_zero_is_argmax():

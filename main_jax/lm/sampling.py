@@ -54,6 +54,28 @@ def _argmax(logits):
     return first.min(axis=-1)
 
 
+def nucleus_mask(probs, top_p: float):
+    """[B, V] bool from [B, V] float32: the smallest set of most likely tokens that reaches top_p.
+
+    Tokens as likely as the last one of the set are in it too. A large vocabulary takes long to sort:
+    instead the least probability is bisected. As floats that are not negative are ordered as their bits
+    are, 30 halvings tell it exactly.
+    """
+    bits = jax.lax.bitcast_convert_type(probs, jnp.int32)
+
+    def halve(_, bounds):
+        reaches, falls_short = bounds
+        middle = reaches + (falls_short - reaches) // 2
+        mass = jnp.where(bits >= middle, probs, 0).sum(axis=-1, keepdims=True)
+        enough = mass >= top_p
+        return jnp.where(enough, middle, reaches), jnp.where(enough, falls_short, middle)
+
+    zero = jnp.zeros_like(bits[:, :1])
+    above_one = jnp.full_like(zero, np.float32(1).view(np.int32) + 1)
+    least, _ = jax.lax.fori_loop(0, 30, halve, (zero, above_one))
+    return bits >= least
+
+
 def sample(logits, keys, sampling: Sampling):
     """One token per row from [B, V] float32 logits and [B] keys; [B] int32.
 
@@ -62,14 +84,11 @@ def sample(logits, keys, sampling: Sampling):
     """
     if sampling.temperature == 0:
         return _argmax(logits)
-    k = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
-    if k == logits.shape[-1] and sampling.top_p == 1:
-        return jax.vmap(jax.random.categorical)(keys, logits / sampling.temperature).astype(
-            jnp.int32
-        )
-    ordered, ids = jax.lax.top_k(logits / sampling.temperature, k)
-    probs = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(probs, axis=-1) - probs
-    kept = jnp.where(before < sampling.top_p, ordered, -jnp.inf)
-    choice = jax.vmap(jax.random.categorical)(keys, kept)
-    return jnp.take_along_axis(ids, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)
+    scaled, ids = logits / sampling.temperature, None
+    if 0 < sampling.top_k < logits.shape[-1]:
+        scaled, ids = jax.lax.top_k(scaled, sampling.top_k)
+    if sampling.top_p < 1:
+        kept = nucleus_mask(jax.nn.softmax(scaled, axis=-1), sampling.top_p)
+        scaled = jnp.where(kept, scaled, -jnp.inf)
+    choice = jax.vmap(jax.random.categorical)(keys, scaled).astype(jnp.int32)
+    return choice if ids is None else jnp.take_along_axis(ids, choice[:, None], axis=-1)[:, 0]

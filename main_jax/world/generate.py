@@ -13,7 +13,7 @@ response is one that no question would be answered with: the forward model's los
 or on what is too much. A response without its entity, or without any fact, may be fluent, but does
 not determine an instruction: the reverse model has to guess and its loss is high.
 
-One in three is clean: enough of them flawed that not filtering costs more than one training's luck.
+Only a third is clean, so that not filtering costs more than the luck of one training.
 """
 
 from __future__ import annotations
